@@ -1,0 +1,1 @@
+"""Engines out: GPU table, memory ledger, cost model, parallel planner and the engine writer."""

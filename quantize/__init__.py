@@ -1,0 +1,1 @@
+"""Quantization: formats, calibration with ModelOpt, and the accuracy report."""

@@ -1,0 +1,1 @@
+"""Recipes: YAML files that name a model, a quantization, a GPU and a workload."""

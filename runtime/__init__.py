@@ -1,0 +1,1 @@
+"""Engines at work: the decoder, op sets, KV blocks, scheduler, sampler, executor, `LLM` and the benchmark."""
