@@ -125,7 +125,7 @@ def write_shards(
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def _open(file: Path) -> Any:

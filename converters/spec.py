@@ -34,6 +34,9 @@ from trtx.converters.errors import InputError
 
 T = TypeVar("T")
 
+FUSIONS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up")}
+"""Linears of a layer that read one input, by the name of the fused module."""
+
 
 class Kind(Enum):
     """What a module is, which decides how it may be stored."""

@@ -83,6 +83,8 @@ class Format(ABC):
     summary: str
     group_sizes: tuple[int, ...] = ()
     """Possible group sizes along the inputs, largest first; empty: the format has no groups."""
+    input_tensors: tuple[str, ...] = ()
+    """The stored tensors that `activation` needs; empty: the input is taken as it is."""
 
     @abstractmethod
     def stored(self, out: int, into: int, group_size: int, dtype: torch.dtype) -> dict[str, Stored]:
@@ -129,6 +131,7 @@ class FP8(Format):
     """FP8 E4M3 weights and activations, one scale a tensor (W8A8)."""
 
     name, bits, summary = "fp8", 8, "E4M3 weights and activations, per-tensor scales"
+    input_tensors = ("input_scale",)
 
     def stored(self, out: int, into: int, group_size: int, dtype: torch.dtype) -> dict[str, Stored]:
         return {
@@ -148,6 +151,7 @@ class Int8SmoothQuant(Format):
     """INT8 weights per output channel and activations per tensor, smoothed (Xiao et al. 2022, arXiv:2211.10438)."""
 
     name, bits, summary = "int8_sq", 8, "INT8 SmoothQuant: per-channel weights, per-tensor activations"
+    input_tensors = ("pre_quant_scale", "input_scale")
 
     def stored(self, out: int, into: int, group_size: int, dtype: torch.dtype) -> dict[str, Stored]:
         return {
@@ -171,6 +175,7 @@ class Int4AWQ(Format):
 
     name, bits, summary = "int4_awq", 4, "INT4 weight-only, AWQ scaling, groups of 128, 64 or 32"
     group_sizes = (128, 64, 32)
+    input_tensors = ("pre_quant_scale",)
 
     def stored(self, out: int, into: int, group_size: int, dtype: torch.dtype) -> dict[str, Stored]:
         return {
@@ -196,6 +201,7 @@ class NVFP4(Format):
 
     name, bits, summary = "nvfp4", 4, "E2M1 weights and activations, E4M3 scales per block of 16"
     group_sizes = (16,)
+    input_tensors = ("input_scale",)
 
     def stored(self, out: int, into: int, group_size: int, dtype: torch.dtype) -> dict[str, Stored]:
         return {

@@ -1,0 +1,105 @@
+"""How the KV cache is laid out: groups of layers over one pool of equal blocks. Plain Python.
+
+A block holds keys and values of `block_size` consecutive tokens for `slots` layers. Layers with the same attention
+window form a kind; each kind is cut into groups of at most `slots` layers, and each group of a sequence has its own
+block table. All groups draw from one pool, so a model that mixes full and windowed layers wastes nothing on a fixed
+split, and a windowed group gives blocks back once no later token can see them.
+
+    one kind of layer (Llama, Mistral)   one group, slots = number of layers
+    6 full + 18 windowed layers          slots = 6: one full group, three windowed ones
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from trtx.converters.spec import ModelSpec
+
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+_MAX_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers that share block tables.
+
+    Attributes:
+        window: how many latest positions a token attends to; None: all of them.
+        layers: the layer in each slot.
+    """
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The shape of the KV cache.
+
+    Attributes:
+        block_size: tokens a block.
+        kv_heads: key/value heads on this rank.
+        itemsize: bytes of a stored number.
+    """
+
+    groups: tuple[KVGroup, ...]
+    block_size: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, block_size: int, itemsize: int, kv_heads: int | None = None) -> KVLayout:
+        """The layout for a model; `kv_heads` where a rank holds fewer than all."""
+        return cls(kv_groups(spec.windows), block_size, kv_heads or spec.num_kv_heads, spec.head_dim, itemsize)
+
+    @property
+    def slots(self) -> int:
+        """Layers a block holds."""
+        return max(len(group.layers) for group in self.groups)
+
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Layer → (group index, slot)."""
+        return {layer: (g, s) for g, group in enumerate(self.groups) for s, layer in enumerate(group.layers)}
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, keys and values of all slots."""
+        return 2 * self.slots * self.block_size * self.kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token adds to the cache while no window has passed, all groups together."""
+        return self.block_bytes * len(self.groups) // self.block_size
+
+    def blocks_for(self, length: int, chunk: int) -> int:
+        """The most blocks that one sequence of `length` tokens holds at once, fed at most `chunk` tokens a step."""
+        return sum(self._group_blocks(group, length, chunk) for group in self.groups)
+
+    def _group_blocks(self, group: KVGroup, length: int, chunk: int) -> int:
+        whole = -(-length // self.block_size)
+        if group.window is None:
+            return whole
+        # The window and the chunk may each start in the middle of a block.
+        return min(whole, -(-(group.window + chunk) // self.block_size) + 1)
+
+
+def kv_groups(windows: tuple[int | None, ...]) -> tuple[KVGroup, ...]:
+    """Cut layers into groups by window so that as few slots as possible stay empty, in at most 8 groups if possible."""
+    kinds: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(windows):
+        kinds.setdefault(window, []).append(layer)
+    sizes = [len(layers) for layers in kinds.values()]
+
+    def cost(slots: int) -> tuple[bool, int, int]:
+        groups = sum(-(-size // slots) for size in sizes)
+        return groups > max(_MAX_GROUPS, len(sizes)), groups * slots, groups
+
+    slots = min(range(1, max(sizes) + 1), key=cost)
+    return tuple(
+        KVGroup(window, tuple(layers[start : start + slots]))
+        for window, layers in kinds.items()
+        for start in range(0, len(layers), slots)
+    )

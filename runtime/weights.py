@@ -1,0 +1,94 @@
+"""From stored tensors to what a decoder computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
+from trtx.converters.spec import FUSIONS, Kind, Module
+from trtx.quantize.formats import DTYPES, FORMATS, Stored
+from trtx.quantize.weight import LinearWeight, fuse
+from trtx.runtime.decoder import Decoder
+from trtx.runtime.ops.base import Ops
+
+
+@dataclass(frozen=True)
+class WeightStore:
+    """Stored tensors under canonical names, read module by module.
+
+    Attributes:
+        config: spec, dtype and quantization of what is stored.
+        tensor: gives a tensor by its full name ('layers.0.attn.q.weight').
+        has: whether a full name is stored. An engine may store fused modules instead of their parts.
+    """
+
+    config: CheckpointConfig
+    tensor: Callable[[str], Tensor]
+    has: Callable[[str], bool]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> WeightStore:
+        """The tensors of a checkpoint."""
+        return cls(checkpoint.config, checkpoint.tensor, checkpoint.shards.__contains__)
+
+    def stored(self, module: Module) -> dict[str, Stored]:
+        """What is stored for a module, by suffix."""
+        return self.config.quantization.stored(module, DTYPES[self.config.dtype])
+
+    def linear(self, module: Module) -> LinearWeight:
+        """The weight of one linear."""
+        return self._linear(module, module.name, ((module.name, module.shape[0]),))
+
+    def group(self, name: str, modules: list[Module]) -> list[LinearWeight]:
+        """The weights of linears that read one input: fused into one where their formats allow it, else each apart."""
+        parts = tuple((module.name, module.shape[0]) for module in modules)
+        if self.has(f"{name}.weight"):
+            return [self._linear(modules[0], name, parts)]
+        weights = [self.linear(module) for module in modules]
+        fused = fuse(name, weights, self.stored(modules[0]))
+        return [fused] if fused else weights
+
+    def _linear(self, module: Module, name: str, parts: tuple[tuple[str, int], ...]) -> LinearWeight:
+        tensors = {suffix: self.tensor(f"{name}.{suffix}") for suffix in self.stored(module)}
+        return LinearWeight(name, self.config.quantization.format_of(module), tensors, parts, module.split)
+
+
+def fused_groups(config: CheckpointConfig) -> Iterator[tuple[str, list[Module]]]:
+    """The linears of every layer as they are used: fused groups by the fused name, others alone, lm_head last."""
+    fused_names = {part: fused for fused, parts in FUSIONS.items() for part in parts}
+    groups: dict[str, list[Module]] = {}
+    for module in config.spec.modules():
+        if module.kind is Kind.LINEAR:
+            kind = module.name.split(".", 2)[-1]
+            layer = module.name.removesuffix(kind)
+            groups.setdefault(layer + fused_names.get(kind, kind), []).append(module)
+    yield from groups.items()
+
+
+def load(store: WeightStore, ops: Ops, advance: Callable[[int], None] = lambda count: None) -> Decoder:
+    """Make a decoder's weights resident on an op set.
+
+    Args:
+        advance: called with the stored bytes of each tensor read.
+    """
+    spec = store.config.spec
+    weights: dict[str, Any] = {}
+    for module in spec.modules():
+        if module.kind is not Kind.LINEAR:
+            tensor = store.tensor(f"{module.name}.weight")
+            weights[module.name] = ops.load_tensor(module.name, tensor)
+            advance(tensor.nbytes)
+    for name, modules in fused_groups(store.config):
+        members = store.group(name, modules)
+        resident = [ops.load_linear(weight) for weight in members]
+        is_group = name.endswith(tuple(FUSIONS))
+        weights[name] = resident if is_group else resident[0]
+        advance(sum(tensor.nbytes for weight in members for tensor in weight.tensors.values()))
+    if spec.tied_embeddings:
+        tied = LinearWeight("lm_head", FORMATS["none"], {"weight": weights["embed"]}, (("lm_head", spec.vocab_size),))
+        weights["lm_head"] = ops.load_linear(tied)
+    return Decoder(spec, weights, ops)
