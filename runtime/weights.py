@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trtx.builder.engine import Engine
 from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
+from trtx.converters.random_weights import random_tensor
 from trtx.converters.spec import FUSIONS, Kind, Module
 from trtx.quantize.formats import DTYPES, FORMATS, Stored
 from trtx.quantize.weight import LinearWeight, fuse
@@ -31,9 +34,23 @@ class WeightStore:
     has: Callable[[str], bool]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> WeightStore:
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> WeightStore:
         """The tensors of a checkpoint."""
         return cls(checkpoint.config, checkpoint.tensor, checkpoint.shards.__contains__)
+
+    @classmethod
+    def of_engine(cls, engine: Engine, device: torch.device) -> WeightStore:
+        """The tensors of an engine: mapped, or generated on `device` where it holds only their seed."""
+        model, seed = engine.config.model, engine.config.random_seed
+        if seed is None:
+            return cls(model, engine.shards.tensor, engine.shards.__contains__)
+        expected = model.expected()
+
+        def generate(name: str) -> Tensor:
+            stored = expected[name]
+            return random_tensor(name, stored.shape, stored.dtype, seed, str(device))
+
+        return cls(model, generate, expected.__contains__)
 
     def stored(self, module: Module) -> dict[str, Stored]:
         """What is stored for a module, by suffix."""
@@ -67,6 +84,14 @@ def fused_groups(config: CheckpointConfig) -> Iterator[tuple[str, list[Module]]]
             layer = module.name.removesuffix(kind)
             groups.setdefault(layer + fused_names.get(kind, kind), []).append(module)
     yield from groups.items()
+
+
+def kv_scales(store: WeightStore, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The (key, value) scales of an fp8 KV cache, by layer."""
+    names = ("k_scale", "v_scale")
+    layers = range(store.config.spec.num_layers)
+    pairs = [[store.tensor(f"layers.{layer}.attn.{name}").to(device) for name in names] for layer in layers]
+    return [(k, v) for k, v in pairs]
 
 
 def load(store: WeightStore, ops: Ops, advance: Callable[[int], None] = lambda count: None) -> Decoder:

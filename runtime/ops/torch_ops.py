@@ -322,8 +322,12 @@ class TorchOps(Ops):
         sharing = q.shape[1] // kv_heads
         queries = q[bucket.tokens].view(bucket.batch, -1, kv_heads, sharing, head_dim)
         folded = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = F.scaled_dot_product_attention(folded, keys.transpose(1, 2), values.transpose(1, 2), bucket.mask)
+        out = self.sdpa(layer, folded, keys.transpose(1, 2), values.transpose(1, 2), bucket.mask)
         return out.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).reshape(-1, q.shape[1] * head_dim)
+
+    def sdpa(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """[B, kv_heads, G * Q, head_dim], [B, kv_heads, S, head_dim] twice, additive mask → like the queries."""
+        return F.scaled_dot_product_attention(queries, keys, values, mask)
 
     def rows(self, x: Tensor, step: TorchStep) -> Tensor:
         return x if len(step.rows) == len(x) else x[step.rows]

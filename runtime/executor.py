@@ -1,0 +1,230 @@
+"""The executor: requests in, token events out, one step at a time.
+
+Single-threaded and driven by its caller: `add` and `cancel` between steps, `step` until `has_work` is false.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from trtx.builder.engine import Limits
+from trtx.converters.errors import RequestError
+from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.kv_blocks import BlockManager
+from trtx.runtime.request import FinishReason, Request, TokenEvent
+from trtx.runtime.runner import Runner
+from trtx.runtime.sampler import Row, Sampled
+from trtx.runtime.scheduler import Scheduler, Sequence
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did.
+
+    Attributes:
+        prefill_tokens: prompt tokens (and preempted sequences' tokens) computed.
+        decode_tokens: sequences that computed a single token.
+        context_tokens: KV cache entries that the decoding sequences attended to.
+        seconds: wall time.
+    """
+
+    prefill_tokens: int
+    decode_tokens: int
+    context_tokens: int
+    seconds: float
+
+
+@dataclass
+class ExecutorStats:
+    """Totals since the executor was made.
+
+    Attributes:
+        reused_tokens: prompt tokens found in the KV cache.
+        preemptions: sequences that gave their blocks back in the middle.
+    """
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    reused_tokens: int = 0
+    preemptions: int = 0
+    peak_running: int = 0
+
+
+@dataclass
+class _Continuations:
+    """The state of a request.
+
+    Attributes:
+        open: continuations that have not ended.
+        started: all of them are with the scheduler; until the first has its first token, only that one is.
+    """
+
+    seed: int
+    open: dict[int, Sequence]
+    started: bool = False
+
+
+class Executor:
+    """In-flight batching over one runner.
+
+    Args:
+        vocab_size: prompts with other ids are refused.
+        eos_ids: tokens that end a continuation unless the request ignores them.
+        prefix_reuse: let equal prefixes share KV blocks.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        vocab_size: int,
+        eos_ids: Iterable[int] = (),
+        prefix_reuse: bool = True,
+    ) -> None:
+        self.runner = runner
+        self.limits = limits
+        self.vocab_size = vocab_size
+        self.eos_ids = frozenset(eos_ids)
+        self.blocks = BlockManager(runner.layout, limits.kv_blocks, prefix_reuse)
+        self.scheduler = Scheduler(self.blocks, limits.max_batch_size, limits.max_num_tokens)
+        self.stats = ExecutorStats()
+        self.last_step = StepStats(0, 0, 0, 0.0)
+        self._requests: dict[str, _Continuations] = {}
+        self._cancelled: list[TokenEvent] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+        return bool(self._requests or self._cancelled)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can't be served; nothing else is touched.
+        """
+        self._refuse(request)
+        params = request.params
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        first = Sequence(request, 0, list(request.prompt))
+        siblings = [Sequence(request, index, list(request.prompt), parent=first) for index in range(1, params.n)]
+        self._requests[request.id] = _Continuations(seed, {s.index: s for s in (first, *siblings)})
+        self.scheduler.add(first)
+
+    def cancel(self, request: str, index: int | None = None) -> None:
+        """End a request's continuations, or one of them; their events come with the next step. Unknown ids: nothing."""
+        state = self._requests.get(request)
+        for sequence in list(state.open.values()) if state else []:
+            if index in (None, sequence.index):
+                self._end(sequence)
+                self._cancelled.append(TokenEvent(request, sequence.index, None, finish=FinishReason.CANCELLED))
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one batch; returns an event for every token and every end."""
+        started = time.perf_counter()
+        events, self._cancelled = self._cancelled, []
+        work = self.scheduler.schedule()
+        assert work or not self._requests, "requests wait and nothing was scheduled"
+        slices = [item.slice() for item in work]
+        choosing = [item.sequence for item, piece in zip(work, slices, strict=True) if piece.logits]
+        sampled = self.runner.run(slices, [self._row(sequence) for sequence in choosing]) if work else []
+        for item in work:
+            self.scheduler.computed(item)
+        for sequence, one in zip(choosing, sampled, strict=True):
+            events += self._advance(sequence, one)
+        self._count(slices, time.perf_counter() - started)
+        return events
+
+    def _refuse(self, request: Request) -> None:
+        if request.id in self._requests:
+            raise RequestError(f"request {request.id!r}: the id is in use.", "Give every request its own id.")
+        if not request.prompt:
+            raise RequestError(f"request {request.id!r}: the prompt is empty.", "Give at least one token.")
+        longest = self.limits.max_seq_len
+        if len(request.prompt) >= longest:
+            raise RequestError(
+                f"request {request.id!r}: its prompt has {len(request.prompt)} tokens; the engine holds sequences of "
+                f"{longest}, output included.",
+                "Shorten the prompt, or build the engine with a larger --max-seq-len.",
+            )
+        strange = [i for i in (*request.prompt, *request.params.stop_token_ids) if not 0 <= i < self.vocab_size]
+        if strange:
+            raise RequestError(
+                f"request {request.id!r}: token id {strange[0]} is outside the vocabulary of {self.vocab_size}.",
+                "Use the tokenizer of this model.",
+            )
+
+    def _row(self, sequence: Sequence) -> Row:
+        params = sequence.request.params
+        ends = self._ends(sequence) if sequence.output_length < params.min_tokens else frozenset()
+        seed = self._requests[sequence.request.id].seed
+        return Row(params, sequence.request.prompt, sequence.output, seed, sequence.index, ends)
+
+    def _ends(self, sequence: Sequence) -> frozenset[int]:
+        params = sequence.request.params
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> list[TokenEvent]:
+        """Append the chosen token; end the sequence where it ends."""
+        request, state = sequence.request, self._requests[sequence.request.id]
+        if sampled.token is None:
+            # What was not started yet would fail on the same prompt.
+            return [self._fail(s) for s in ([sequence] if state.started else list(state.open.values()))]
+        sequence.tokens.append(sampled.token)
+        if not state.started:
+            self._start_siblings(state)
+        finish = self._finish(sequence, sampled.token)
+        if finish is not None:
+            self._end(sequence)
+        return [TokenEvent(request.id, sequence.index, sampled.token, sampled.logprob, sampled.top_logprobs, finish)]
+
+    def _fail(self, sequence: Sequence) -> TokenEvent:
+        request = sequence.request
+        self._end(sequence)
+        error = RequestError(
+            f"request {request.id!r}: the model gave logits that are not finite.",
+            "Build with --dtype bf16 or fp32; if that does not help, check the checkpoint's weights.",
+        )
+        return TokenEvent(request.id, sequence.index, None, finish=FinishReason.ERROR, error=error)
+
+    def _finish(self, sequence: Sequence, token: int) -> FinishReason | None:
+        params = sequence.request.params
+        if token in self._ends(sequence):
+            return FinishReason.STOP
+        if sequence.output_length == params.max_tokens or len(sequence.tokens) >= self.limits.max_seq_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _start_siblings(self, state: _Continuations) -> None:
+        """Queue the other continuations: the prompt is in the KV cache now, for them to share."""
+        state.started = True
+        for index in sorted(state.open, reverse=True):
+            if index:
+                self.scheduler.add_sibling(state.open[index])
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        state = self._requests[sequence.request.id]
+        del state.open[sequence.index]
+        if not state.open:
+            del self._requests[sequence.request.id]
+        elif sequence.index == 0 and not state.started:
+            self._start_siblings(state)
+
+    def _count(self, slices: list[SequenceSlice], seconds: float) -> None:
+        decodes = [piece for piece in slices if len(piece.tokens) == 1]
+        prefill = sum(len(piece.tokens) for piece in slices) - len(decodes)
+        self.last_step = StepStats(prefill, len(decodes), sum(piece.end for piece in decodes), seconds)
+        self.stats = replace(
+            self.stats,
+            steps=self.stats.steps + bool(slices),
+            prefill_tokens=self.stats.prefill_tokens + prefill,
+            decode_tokens=self.stats.decode_tokens + len(decodes),
+            reused_tokens=self.scheduler.reused,
+            preemptions=self.scheduler.preemptions,
+            peak_running=max(self.stats.peak_running, len(self.scheduler.running)),
+        )

@@ -1,0 +1,245 @@
+"""`LLM`: an engine with its tokenizer, for Python and for the command line.
+
+llm = LLM("engines/smollm2")
+for completion in llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=16)):
+    print(completion.text)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from trtx.builder.engine import Engine, EngineConfig
+from trtx.converters.errors import InputError, RequestError, TrtxError
+from trtx.runtime.executor import Executor
+from trtx.runtime.request import FinishReason, Logprob, Request, TokenEvent
+from trtx.runtime.runner import TorchRunner
+from trtx.runtime.sampling import SamplingParams
+from trtx.runtime.tokenizer import TextStream, Tokenizer
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a continuation as it comes.
+
+    Attributes:
+        text: what is certain now; may be empty (half a character, the beginning of a stop string, no tokenizer).
+        event: the token behind it.
+        finish: set on the last chunk of a continuation.
+        seconds: since the request was handed in.
+    """
+
+    request: str
+    index: int
+    text: str
+    event: TokenEvent
+    finish: FinishReason | None
+    seconds: float
+
+
+@dataclass
+class Completion:
+    """A finished continuation.
+
+    Attributes:
+        index: which of the `n` continuations of its prompt.
+        prompt_tokens: length of the prompt in tokens.
+        token_ids: the output, an ending end-of-sequence token included.
+        text: the output as text, special tokens and the stop string left out; empty without a tokenizer.
+        logprobs, top_logprobs: by output token, where the request asked for them.
+        error: set when `finish_reason` is ERROR.
+        ttft: seconds to the first token.
+        seconds: to the last one.
+    """
+
+    request: str
+    index: int
+    prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[Logprob, ...]] = field(default_factory=list)
+    error: TrtxError | None = None
+    ttft: float | None = None
+    seconds: float = 0.0
+
+    def append(self, chunk: Chunk) -> None:
+        """Take in the next chunk."""
+        event = chunk.event
+        self.text += chunk.text
+        self.seconds = chunk.seconds
+        self.finish_reason = chunk.finish
+        self.error = event.error
+        if event.token is not None:
+            self.token_ids.append(event.token)
+            self.ttft = chunk.seconds if self.ttft is None else self.ttft
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+            self.top_logprobs.append(event.top_logprobs)
+
+
+class LLM:
+    """An engine ready to generate. Not thread-safe.
+
+    Args:
+        engine: a folder written by `trtx build`.
+        device: 'cpu', 'cuda' or 'cuda:N'; what the engine was built for unless given.
+        prefix_reuse: let equal prompt prefixes share KV blocks.
+        advance: called with the bytes of each weight as it is loaded.
+
+    Attributes:
+        config: the engine's configuration.
+        executor: the scheduler and runner, for callers that drive steps themselves.
+
+    Raises:
+        TrtxError: not an engine, damaged, or built for another device.
+    """
+
+    def __init__(
+        self,
+        engine: Path | str,
+        *,
+        device: str | None = None,
+        prefix_reuse: bool = True,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        opened = Engine(engine)
+        self.path = opened.path
+        self.config: EngineConfig = opened.config
+        self._tokenizer = Tokenizer.load(opened.path) if (opened.path / "tokenizer.json").is_file() else None
+        eos_ids = self._tokenizer.eos_ids if self._tokenizer else frozenset()
+        self.executor = Executor(
+            TorchRunner(opened, device, advance),
+            self.config.limits,
+            self.config.model.spec.vocab_size,
+            eos_ids,
+            prefix_reuse,
+        )
+        self._ids = count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InputError: the engine has none.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                f"{self.path}: the engine has no tokenizer.json, so prompts can't be text.",
+                "Give prompts as token ids, or convert a checkpoint that has a tokenizer.json.",
+            )
+        return self._tokenizer
+
+    def default_params(self) -> SamplingParams:
+        """The model's own sampling defaults (`generation_config.json`)."""
+        return SamplingParams(**self._tokenizer.defaults()) if self._tokenizer else SamplingParams()
+
+    def request(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> Request:
+        """A request for `stream`. Text is tokenized; the model's own sampling defaults stand in for missing `params`.
+
+        Raises:
+            InputError: text or stop strings, and the engine has no tokenizer.
+        """
+        if params is not None and params.stop:
+            _ = self.tokenizer
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Request(id or f"request-{next(self._ids)}", tuple(ids), params or self.default_params())
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue prompts, batched in flight.
+
+        Args:
+            prompts: one or several, each text or token ids.
+            params: for all, or one for each.
+
+        Returns:
+            `n` completions for each prompt, in the order of the prompts. A prompt that can't be served has completions
+            with an `error`; the others are not touched.
+        """
+        many = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(many)
+        if len(each) != len(many):
+            raise RequestError(
+                f"{len(each)} sampling parameters for {len(many)} prompts.", "Give one, or one for each."
+            )
+        requests = [self.request(prompt, p) for prompt, p in zip(many, each, strict=True)]  # type: ignore[arg-type]
+        return self.complete(requests)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> list[Completion]:
+        """Answer a conversation ({'role': …, 'content': …} each) through the model's chat template."""
+        return self.complete([self.request(self.tokenizer.chat(messages), params)])
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Run requests to their ends; completions in the order of the requests and their continuations."""
+        found = {
+            (request.id, index): Completion(request.id, index, len(request.prompt))
+            for request in requests
+            for index in range(request.params.n)
+        }
+        for chunk in self.stream(requests):
+            found[chunk.request, chunk.index].append(chunk)
+        return list(found.values())
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+        """Run requests together; yields chunks of all of them as they come. Closing the iterator cancels the rest."""
+        started = time.perf_counter()
+        streams: dict[tuple[str, int], _Continuation] = {}
+        for request in requests:
+            try:
+                self.executor.add(request)
+            except RequestError as error:
+                for index in range(request.params.n):
+                    event = TokenEvent(request.id, index, None, finish=FinishReason.ERROR, error=error)
+                    yield Chunk(request.id, index, "", event, FinishReason.ERROR, 0.0)
+                continue
+            for index in range(request.params.n):
+                streams[request.id, index] = _Continuation(request.params, self._tokenizer)
+        try:
+            while streams:
+                for event in self.executor.step():
+                    state = streams.get((event.request, event.index))
+                    if state is None:
+                        continue  # ended by a stop string
+                    text, finish = state.take(event)
+                    if finish is not None:
+                        del streams[event.request, event.index]
+                        if event.finish is None:
+                            self.executor.cancel(event.request, event.index)
+                    yield Chunk(event.request, event.index, text, event, finish, time.perf_counter() - started)
+        finally:
+            for request_id, index in streams:
+                self.executor.cancel(request_id, index)
+
+
+class _Continuation:
+    """The text of one continuation: turns token events into text and finds stop strings."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+        self._text: TextStream | None = tokenizer.stream(params.stop) if tokenizer else None
+        self._min_tokens = params.min_tokens
+        self._tokens = 0
+
+    def take(self, event: TokenEvent) -> tuple[str, FinishReason | None]:
+        """The text that the event adds, and how the continuation ends, if it does."""
+        if self._text is None:
+            return "", event.finish
+        text = ""
+        if event.token is not None:
+            self._tokens += 1
+            text = self._text.push(event.token)
+        if self._text.stopped:
+            return text, FinishReason.STOP
+        if event.finish is not None:
+            text += self._text.finish()
+        return text, FinishReason.STOP if self._text.stopped else event.finish

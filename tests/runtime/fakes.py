@@ -1,0 +1,89 @@
+"""A runner without a model: what it 'computes' depends only on the tokens it finds through the block tables."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from trtx.builder.engine import Limits
+from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.executor import Executor
+from trtx.runtime.kv_layout import KVLayout, kv_groups
+from trtx.runtime.sampler import Row, Sampled
+
+VOCAB = 97
+
+
+class FakeRunner:
+    """Keeps the token of every cache position instead of keys and values, and checks what it is asked.
+
+    The next token is a checksum of the visible tokens as read back through the tables, so a wrong or shared block
+    changes the output.
+    """
+
+    def __init__(self, limits: Limits, windows: tuple[int | None, ...] = (None, None)) -> None:
+        self.layout = KVLayout(kv_groups(windows), limits.kv_block_size, 1, 8, 2)
+        self.limits = limits
+        self.cache = [{} for _ in self.layout.groups]
+        self.poison: set[tuple[int, ...]] = set()
+
+    def run(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
+        assert sum(len(piece.tokens) for piece in batch) <= self.limits.max_num_tokens
+        assert len(batch) <= self.limits.max_batch_size
+        written: set[tuple[int, int]] = set()
+        for piece in batch:
+            for offset, token in enumerate(piece.tokens):
+                for group, table in enumerate(piece.tables):
+                    place = self._place(table, piece.start + offset)
+                    assert (group, place) not in written, "two tokens of a step share a place"
+                    written.add((group, place))
+                    self.cache[group][place] = token
+        wanted = [piece for piece in batch if piece.logits]
+        assert len(wanted) == len(rows)
+        return [Sampled(self._next(piece, row)) for piece, row in zip(wanted, rows, strict=True)]
+
+    def _place(self, table: Sequence[int], position: int) -> int:
+        block = table[position // self.layout.block_size]
+        assert block > 0, "a position without a block"
+        return block * self.layout.block_size + position % self.layout.block_size
+
+    def _next(self, piece: SequenceSlice, row: Row) -> int | None:
+        seen = []
+        for index, group in enumerate(self.layout.groups):
+            first = 0 if group.window is None else max(0, piece.end - group.window)
+            places = [self._place(piece.tables[index], position) for position in range(first, piece.end)]
+            seen.append([self.cache[index][place] for place in places])
+        if tuple(row.prompt) in self.poison:
+            return None
+        return expected_token(seen, row.index)
+
+
+def expected_token(seen: list[list[int]], index: int) -> int:
+    """The 'model': a checksum of what each KV group sees."""
+    return zlib.crc32(repr((seen, index)).encode()) % VOCAB
+
+
+def reference(prompt: Sequence[int], count: int, windows: Sequence[int | None], index: int = 0) -> list[int]:
+    """What a sequence generates alone."""
+    tokens = list(prompt)
+    for _ in range(count):
+        seen = [tokens if w is None else tokens[-w:] for w in windows]
+        tokens.append(expected_token(seen, index))
+    return tokens[len(prompt) :]
+
+
+def make_limits(**changes) -> Limits:
+    values = {
+        "max_batch_size": 8,
+        "max_num_tokens": 32,
+        "max_seq_len": 128,
+        "kv_block_size": 8,
+        "kv_blocks": 41,
+        "kv_dtype": "bf16",
+    }
+    return Limits(**{**values, **changes})
+
+
+def make_executor(windows: tuple[int | None, ...] = (None, None), reuse: bool = True, **changes) -> Executor:
+    limits = make_limits(**changes)
+    return Executor(FakeRunner(limits, windows), limits, VOCAB, prefix_reuse=reuse)

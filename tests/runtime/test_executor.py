@@ -1,0 +1,181 @@
+"""The executor and scheduler over a runner that checks what it is asked."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import pytest
+
+from tests.runtime.fakes import VOCAB, make_executor, reference
+from trtx.converters.errors import RequestError
+from trtx.runtime.executor import Executor
+from trtx.runtime.request import FinishReason, Request, TokenEvent
+from trtx.runtime.sampling import SamplingParams
+
+
+def request(name: str, prompt: list[int], **params) -> Request:
+    return Request(name, tuple(prompt), SamplingParams(**{"temperature": 0, **params}))
+
+
+def drain(executor: Executor) -> dict[tuple[str, int], list[TokenEvent]]:
+    events = defaultdict(list)
+    while executor.has_work:
+        for event in executor.step():
+            events[event.request, event.index].append(event)
+        executor.blocks.pool.check_integrity()
+    return events
+
+
+def tokens(events: list[TokenEvent]) -> list[int]:
+    return [event.token for event in events if event.token is not None]
+
+
+@pytest.mark.parametrize("windows", [(None, None), (None, 20), (20, 20)], ids=["full", "mixed", "windowed"])
+@pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no-reuse"])
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_requests_get_what_they_would_get_alone(windows, reuse, seed):
+    """Random arrivals, shared prefixes, cancellations, n > 1, a pool that runs dry: same tokens, no block left."""
+    rng = random.Random(seed)
+    blocks = 16 if windows == (20, 20) else 41
+    executor = make_executor(windows, reuse, kv_blocks=blocks, max_num_tokens=rng.choice([8, 16, 64]))
+    groups = [group.window for group in executor.runner.layout.groups]
+    common = [rng.randrange(VOCAB) for _ in range(40)]
+    wanted, events, cancelled = {}, defaultdict(list), set()
+    for number in range(60):
+        prompt = common[: rng.randrange(41)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40))]
+        one = request(str(number), prompt, max_tokens=rng.randrange(1, 45), n=rng.choice([1, 1, 1, 3]))
+        executor.add(one)
+        wanted[one.id] = one
+        for _ in range(rng.randrange(4)):
+            for event in executor.step():
+                events[event.request, event.index].append(event)
+            executor.blocks.pool.check_integrity()
+        if rng.random() < 0.1:
+            victim = rng.choice(list(wanted))
+            executor.cancel(victim)
+            cancelled.add(victim)
+    for key, rest in drain(executor).items():
+        events[key] += rest
+    assert executor.blocks.pool.used == 0, "blocks leaked"
+    # A windowed sequence stops growing, so what admission saw to be enough stays enough.
+    assert executor.stats.preemptions or None not in windows, "the pool never ran dry: the test is too easy"
+    assert bool(executor.stats.reused_tokens) or not reuse
+    for one in wanted.values():
+        for index in range(one.params.n):
+            seen = events[one.id, index]
+            assert [event.finish is not None for event in seen] == [False] * (len(seen) - 1) + [True]
+            alone = reference(one.prompt, one.params.max_tokens, groups, index)
+            if seen[-1].finish is FinishReason.CANCELLED:
+                assert one.id in cancelled
+                alone = alone[: len(tokens(seen))]
+            assert tokens(seen) == alone, one.id
+
+
+def test_chunked_prefill_does_not_stall_decodes():
+    executor = make_executor(max_num_tokens=16)
+    executor.add(request("short", [1, 2, 3], max_tokens=20))
+    executor.step()
+    executor.add(request("long", list(range(90)), max_tokens=4))
+    for _ in range(6):
+        assert "short" in {event.request for event in executor.step()}
+        assert executor.last_step.decode_tokens == 1 and executor.last_step.prefill_tokens == 15
+    drain(executor)
+
+
+def test_a_full_batch_makes_the_others_wait():
+    executor = make_executor(max_batch_size=2)
+    for number in range(5):
+        executor.add(request(str(number), [number + 1], max_tokens=3))
+    assert {event.request for event in executor.step()} == {"0", "1"}
+    drain(executor)
+    assert executor.stats.peak_running == 2
+
+
+def test_failing_request_leaves_others_alone():
+    executor = make_executor()
+    executor.runner.poison.add((5, 5))
+    executor.add(request("bad", [5, 5], max_tokens=4, n=2))
+    executor.add(request("good", [1, 2], max_tokens=4))
+    events = drain(executor)
+    for index in range(2):
+        (event,) = events["bad", index]
+        assert event.finish is FinishReason.ERROR and "not finite" in event.error.cause
+    assert tokens(events["good", 0]) == reference([1, 2], 4, [None])
+    assert executor.blocks.pool.used == 0
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_cancelling_the_first_continuation_leaves_its_siblings(when):
+    executor = make_executor()
+    executor.add(request("r", [1, 2, 3], max_tokens=5, n=3))
+    early = [event for _ in range(when) for event in executor.step()]
+    executor.cancel("r", 0)
+    events = drain(executor)
+    assert events["r", 0][-1].finish is FinishReason.CANCELLED
+    for index in (1, 2):
+        seen = [e.token for e in early if e.index == index] + tokens(events["r", index])
+        assert seen == reference([1, 2, 3], 5, [None], index)
+
+
+def test_continuations_share_the_prompt_without_prefix_reuse():
+    executor = make_executor(reuse=False)
+    executor.add(request("r", list(range(33)), max_tokens=4, n=4))
+    drain(executor)
+    assert executor.stats.reused_tokens == 3 * 32
+
+
+def test_end_tokens_and_limits():
+    prompt = [1, 2, 3]
+    alone = reference(prompt, 8, [None])
+    executor = make_executor()
+    executor.eos_ids = frozenset({alone[2]})
+    for name, params in {
+        "eos": {},
+        "ignored": {"ignore_eos": True},
+        "stop-id": {"ignore_eos": True, "stop_token_ids": (alone[1],)},
+    }.items():
+        executor.add(request(name, prompt, max_tokens=8, **params))
+    events = drain(executor)
+    assert tokens(events["eos", 0]) == alone[:3] and events["eos", 0][-1].finish is FinishReason.STOP
+    assert tokens(events["ignored", 0]) == alone and events["ignored", 0][-1].finish is FinishReason.LENGTH
+    assert tokens(events["stop-id", 0]) == alone[:2] and events["stop-id", 0][-1].finish is FinishReason.STOP
+
+
+def test_output_ends_at_the_engine_s_length():
+    executor = make_executor(max_seq_len=16)
+    executor.add(request("r", [1] * 10, max_tokens=None))
+    events = drain(executor)
+    assert len(events["r", 0]) == 6 and events["r", 0][-1].finish is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [([], "empty"), ([1] * 128, "sequences of 128"), ([VOCAB], "outside the vocabulary"), ([-1], "outside")],
+)
+def test_bad_requests_are_refused(prompt, part):
+    executor = make_executor()
+    with pytest.raises(RequestError, match=part):
+        executor.add(request("r", prompt))
+    assert not executor.has_work
+
+
+def test_ids_must_differ():
+    executor = make_executor()
+    executor.add(request("r", [1]))
+    with pytest.raises(RequestError, match="in use"):
+        executor.add(request("r", [2]))
+    executor.cancel("r")
+    assert [event.finish for event in executor.step()] == [FinishReason.CANCELLED]
+    executor.add(request("r", [2]))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"n": 0}, {"max_tokens": 0}, {"stop": ("",)}, {"logprobs": 21},
+     {"min_tokens": 9, "max_tokens": 8}, {"repetition_penalty": 0}, {"temperature": float("nan")}],
+    ids=str,
+)  # fmt: skip
+def test_parameters_out_of_range(params):
+    with pytest.raises(RequestError, match=next(iter(params))):
+        SamplingParams(**params)
