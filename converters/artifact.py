@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -37,7 +38,6 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 KINDS = ("checkpoint", "engine")
 
-_LOCK = ".lock"
 _CHUNK = 8 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -163,15 +163,12 @@ def create(
         OutputError: the target exists (without `force`), the disk is full, or the folder can't be written.
     """
     target = Path(os.path.abspath(target))
-    _refuse_target(target, force)
+    refuse_target(target, force)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        temporary = target.parent / f".{target.name}.trtx-{secrets.token_hex(4)}"
-        temporary.mkdir()
+        temporary, lock = _make_locked(target)
     draft = Draft(temporary)
-    lock = (temporary / _LOCK).open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         with writing(target):
             yield draft
@@ -186,11 +183,10 @@ def create(
                 about=draft.about,
             )
             draft.write_json(MANIFEST, vars(manifest))
-            (temporary / _LOCK).unlink()
             _sync(temporary)
             _put_in_place(temporary, target, force)
     finally:
-        lock.close()
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -222,7 +218,12 @@ def identify(path: Path) -> dict[str, Any]:
     return {"path": str(path), "identity": xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())}
 
 
-def _refuse_target(target: Path, force: bool) -> None:
+def refuse_target(target: Path, force: bool) -> None:
+    """Refuse a target that `create` would refuse, before any work is done.
+
+    Raises:
+        OutputError: it exists (without `force`), or is no trtx directory.
+    """
     if not target.exists() and not target.is_symlink():
         return
     if not force:
@@ -234,17 +235,32 @@ def _refuse_target(target: Path, force: bool) -> None:
         )
 
 
+def _make_locked(target: Path) -> tuple[Path, int]:
+    """A temporary folder beside the target and the descriptor that locks it while this process lives."""
+    # Locked before it has the name that another writer's sweep looks for.
+    token = secrets.token_hex(4)
+    unlocked = target.parent / f".{token}.trtx-new"
+    unlocked.mkdir()
+    lock = os.open(unlocked, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return unlocked.rename(target.parent / f".{target.name}.trtx-{token}"), lock
+
+
 def _sweep(target: Path) -> None:
     """Remove temporaries of this target whose writer died: their lock is free."""
-    for stale in target.parent.glob(f".{target.name}.trtx-*"):
-        with contextlib.suppress(OSError), (stale / _LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(stale)
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.trtx-*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(stale, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stale)
+            finally:
+                os.close(lock)
 
 
 def _list_files(draft: Draft) -> dict[str, dict[str, Any]]:
     files = {}
-    for path in sorted(p for p in draft.path.rglob("*") if p.is_file() and p.name != _LOCK):
+    for path in sorted(p for p in draft.path.rglob("*") if p.is_file()):
         name = path.relative_to(draft.path).as_posix()
         files[name] = {"bytes": path.stat().st_size, "xxh3": draft.digests.get(name) or digest_file(path)}
     return files

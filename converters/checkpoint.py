@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
 )
 CONFIG = "config.json"
 
+Dtype = Literal["fp32", "fp16", "bf16"]
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -46,7 +48,7 @@ class CheckpointConfig:
     """
 
     spec: ModelSpec
-    dtype: Literal["fp32", "fp16", "bf16"]
+    dtype: Dtype
     quantization: Quantization = field(default_factory=Quantization)
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = 1
@@ -64,6 +66,11 @@ class CheckpointConfig:
                 for which in ("k_scale", "v_scale"):
                     tensors[f"layers.{layer}.attn.{which}"] = Stored(torch.float32, ())
         return tensors
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors together."""
+        return sum(stored.bytes for stored in self.expected().values())
 
     def write(self, draft: Draft) -> None:
         """Write `config.json` and what `trtx inspect` shows."""
@@ -94,13 +101,17 @@ class CheckpointConfig:
 class Checkpoint:
     """A checkpoint opened for reading. Tensors are mapped, so opening one of any size is cheap.
 
+    Args:
+        draft: it is still being written: tensors and config are there, the manifest is not.
+
     Raises:
         InputError: not a complete trtx checkpoint, or its tensors are not those its config promises.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, draft: bool = False) -> None:
         self.path = Path(path)
-        self.manifest = Manifest.read(self.path, kind="checkpoint")
+        if not draft:
+            Manifest.read(self.path, kind="checkpoint")
         where = self.path / CONFIG
         try:
             content = json.loads(where.read_text(encoding="utf-8"))

@@ -54,6 +54,13 @@ class Header:
     shape: tuple[int, ...]
     file: Path
 
+    @classmethod
+    def parse(cls, code: str, shape: Sequence[int], name: str, file: Path) -> Header:
+        """From safetensors' own words: a dtype code ('BF16') and a shape."""
+        if code not in _DTYPES:
+            raise InputError(f"{file}: tensor {name!r} has dtype {code}, which trtx does not read.")
+        return cls(_DTYPES[code], tuple(shape), file)
+
 
 class Shards(Mapping[str, Header]):
     """The tensors of one or more safetensors files, by name; nothing is read until it is asked for.
@@ -71,10 +78,7 @@ class Shards(Mapping[str, Header]):
                 if name in self._headers:
                     raise InputError(f"{file}: tensor {name!r} stands in {self._headers[name].file.name} too.")
                 view = handle.get_slice(name)
-                code = view.get_dtype()
-                if code not in _DTYPES:
-                    raise InputError(f"{file}: tensor {name!r} has dtype {code}, which trtx does not read.")
-                self._headers[name] = Header(_DTYPES[code], tuple(view.get_shape()), file)
+                self._headers[name] = Header.parse(view.get_dtype(), view.get_shape(), name, file)
 
     def __getitem__(self, name: str) -> Header:
         return self._headers[name]
@@ -95,21 +99,25 @@ def write_shards(
     entries: Sequence[Entry],
     *,
     stem: str = "model",
+    folder: str = "",
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write `entries`, in their order, as `STEM-00001-of-0000N.safetensors` and an index.
 
     Args:
+        folder: of the draft to write into; it is made. The index names files relative to it.
         advance: called with the bytes of each tensor once it is written.
     """
+    base = Path(folder)
+    (draft.path / base).mkdir(exist_ok=True)
     shards = _partition(entries, shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update({entry.name: name for entry in shard})
         hasher = xxhash.xxh3_128()
-        with (draft.path / name).open("wb", buffering=0) as file:
+        with (draft.path / base / name).open("wb") as file:
             write_hashed(file, memoryview(_header(shard)), hasher)
             for entry in shard:
                 tensor = entry.produce()
@@ -117,9 +125,9 @@ def write_shards(
                     raise AssertionError(f"{entry.name}: {tensor.dtype} {tuple(tensor.shape)} is not as declared")
                 write_hashed(file, tensor_bytes(tensor), hasher)
                 advance(entry.bytes)
-        draft.record(name, hasher.hexdigest())
+        draft.record((base / name).as_posix(), hasher.hexdigest())
     total = sum(entry.bytes for entry in entries)
-    draft.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    draft.write_json(str(base / INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

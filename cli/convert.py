@@ -1,0 +1,123 @@
+"""`trtx convert`: any model to a trtx checkpoint."""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+
+from trtx.cli.common import Force, Json, Verbose, emit, note, progress, warn
+from trtx.converters.errors import InputError
+
+if TYPE_CHECKING:
+    from trtx.converters.convert import CheckReport, Conversion
+
+
+class DtypeChoice(str, Enum):
+    """Values of `--dtype`."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A Hugging Face folder, a hub id (org/name), a .gguf file, or random:CONFIG.json (random weights).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The checkpoint's folder.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        DtypeChoice,
+        typer.Option(help="Of the checkpoint; auto: the source's, bf16 where a GGUF file is quantized."),
+    ] = DtypeChoice.AUTO,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read headers only and say whether SRC would convert. Takes no OUT.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a model to a trtx checkpoint, or --check whether it would convert."""
+    if check and out is not None:
+        raise typer.BadParameter("--check writes nothing: leave out OUT.", param_hint="OUT")
+    if not check and out is None:
+        raise typer.BadParameter("Where to? Give OUT, or --check to write nothing.", param_hint="OUT")
+    if out is None:
+        _check(source, dtype, revision, seed, as_json)
+    else:
+        _convert(source, out, dtype, revision, seed, force, as_json)
+
+
+def _check(source: str, dtype: DtypeChoice, revision: str | None, seed: int, as_json: bool) -> None:
+    from trtx.converters.convert import check
+
+    report = check(source, dtype=dtype.value, revision=revision, seed=seed)
+    emit(report.to_json(), as_json, lambda: _render_check(report))
+    if not report.converts:
+        raise InputError(f"{source}: would not convert.", "Download it again, or correct its config.json.")
+
+
+def _convert(
+    source: str, out: Path, dtype: DtypeChoice, revision: str | None, seed: int, force: bool, as_json: bool
+) -> None:
+    from trtx.converters.convert import convert
+
+    result = convert(
+        source,
+        out,
+        dtype=dtype.value,
+        revision=revision,
+        force=force,
+        seed=seed,
+        progress=partial(progress, "Converting"),
+    )
+    emit(result.to_json(), as_json, lambda: _render(result))
+    for warning in result.warnings:
+        warn(warning)
+    if not as_json:
+        note(f"Next: trtx quantize {out} OUT, or trtx build {out} ENGINE")
+
+
+def _render(result: Conversion) -> Table:
+    table = _facts(result.report)
+    speed = result.report.bytes / max(result.seconds, 1e-9)
+    table.add_row("time", f"{result.seconds:.1f} s ({decimal(int(speed))}/s)")
+    table.add_row("checkpoint", str(result.out))
+    return table
+
+
+def _render_check(report: CheckReport) -> Table:
+    table = _facts(report)
+    if report.ignored:
+        table.add_row("not needed", ", ".join(report.ignored))
+    for text in report.notes:
+        table.add_row("note", text)
+    for problem in report.problems:
+        table.add_row("problem", problem)
+    table.add_row("converts", "yes" if report.converts else "no")
+    return table
+
+
+def _facts(report: CheckReport) -> Table:
+    spec = report.spec
+    table = Table.grid(padding=(0, 2))
+    table.add_row("model", f"{spec.family}, {spec.num_layers} layers, hidden size {spec.hidden_size}")
+    weights = "random weights" if report.provenance["kind"] == "random" else f"from {report.source}"
+    table.add_row("weights", f"{report.parameters:,} parameters in {report.tensors} tensors, {weights}")
+    table.add_row("size", f"{decimal(report.bytes)} in {report.dtype}")
+    return table

@@ -1,0 +1,80 @@
+"""Random weights from a seed: the same tensor for the same name and seed, whatever else is made before it.
+
+For benchmarks without a download. On one kind of device the values repeat exactly; CPU and CUDA generators differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from trtx.converters.artifact import Draft, identify
+from trtx.converters.checkpoint import Dtype
+from trtx.converters.families import find_family
+from trtx.converters.hf_config import read_json_object
+from trtx.converters.shards import Header
+from trtx.converters.tokenizer_files import copy_tokenizer
+from trtx.quantize.formats import DTYPES, Quantization
+
+STD = 0.02
+"""Standard deviation of weights and biases: the usual `initializer_range`."""
+
+NORM_STD = 0.1
+
+_CONFIG_DTYPES: dict[str, Dtype] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def random_tensor(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The random tensor that stands under a canonical name.
+
+    Args:
+        name: canonical tensor name ('layers.0.attn.q.weight'); with `seed` it seeds the generator (XXH3-64).
+        shape: of the result.
+        dtype: a floating-point dtype.
+
+    Returns:
+        Normal values with a standard deviation of 0.02; for a norm's weight, 1 + 0.1 × normal.
+    """
+    generator = torch.Generator(device).manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()))
+    is_norm = name.endswith("norm.weight")
+    mean, std = (1.0, NORM_STD) if is_norm else (0.0, STD)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(mean, std, generator=generator)
+
+
+class RandomSource:
+    """A model of a given config.json whose weights are drawn from a seed; see `trtx.converters.sources.Source`."""
+
+    canonical: bool = True
+    default_dtype: Dtype | None
+    config: Mapping[str, Any]
+    headers: Mapping[str, Header]
+
+    def __init__(self, config_path: Path, seed: int) -> None:
+        self.config = read_json_object(config_path)
+        self.config_name = str(config_path)
+        named = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        self.default_dtype = dtype_name = _CONFIG_DTYPES.get(named, "bf16")
+        self.provenance = {"kind": "random", "config": self.config_name, "seed": seed}
+        self.identity = {**identify(config_path), "seed": seed}
+        self._seed = seed
+        spec = find_family(self.config, self.config_name).spec(self.config, self.config_name)
+        dtype = DTYPES[dtype_name]
+        self.headers = {
+            f"{module.name}.{suffix}": Header(stored.dtype, stored.shape, config_path)
+            for module in spec.modules()
+            for suffix, stored in Quantization().stored(module, dtype).items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        header = self.headers[name]
+        return random_tensor(name, header.shape, header.dtype, self._seed)
+
+    def write_tokenizer(self, draft: Draft) -> list[str]:
+        return copy_tokenizer(Path(self.config_name).parent, draft, self.config)
