@@ -97,6 +97,11 @@ class EngineConfig:
     random_seed: int | None = None
     format: int = ENGINE_FORMAT
 
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether what the engine says is meaningless: its weights, stored or not, are random."""
+        return self.random_seed is not None or self.model.provenance.get("kind") == "random"
+
     def write(self, draft: Draft) -> None:
         """Write `engine.json` and what `trtx inspect` shows."""
         draft.write_json(ENGINE, asdict(self))
@@ -107,7 +112,7 @@ class EngineConfig:
             gpu=self.fingerprint.gpu,
             quantization=self.model.quantization.format,
             compute_dtype=self.compute_dtype,
-            random_weights=self.random_seed is not None,
+            random_weights=self.has_random_weights,
         )
 
 

@@ -47,8 +47,8 @@ class LinearWeight:
         return self.format.weight(self.tensors, dtype)
 
 
-def fuse(name: str, weights: Sequence[LinearWeight], stored: Mapping[str, Stored]) -> LinearWeight | None:
-    """Join linears that read one input into one, or None when they can't be: formats or input treatment differ.
+def fusable(weights: Sequence[LinearWeight], stored: Mapping[str, Stored]) -> bool:
+    """Whether linears that read one input can be one: same format, same treatment of the input; reads only scales.
 
     Args:
         stored: what each suffix is, of any of them: tensors along the outputs are concatenated, all others (scales of
@@ -56,15 +56,19 @@ def fuse(name: str, weights: Sequence[LinearWeight], stored: Mapping[str, Stored
     """
     first = weights[0]
     if any(w.format is not first.format or w.tensors.keys() != first.tensors.keys() for w in weights):
+        return False
+    shared = [suffix for suffix, meaning in stored.items() if not meaning.rows]
+    return all(torch.equal(w.tensors[suffix], first.tensors[suffix]) for suffix in shared for w in weights)
+
+
+def fuse(name: str, weights: Sequence[LinearWeight], stored: Mapping[str, Stored]) -> LinearWeight | None:
+    """Join linears that read one input into one along their outputs, or None when they are not `fusable`."""
+    if not fusable(weights, stored):
         return None
-    tensors = {}
-    for suffix, meaning in stored.items():
-        pieces = [w.tensors[suffix] for w in weights]
-        if meaning.rows:
-            tensors[suffix] = torch.cat(pieces)
-        elif all(torch.equal(piece, pieces[0]) for piece in pieces):
-            tensors[suffix] = pieces[0]
-        else:
-            return None
+    first = weights[0]
+    tensors = {
+        suffix: torch.cat([w.tensors[suffix] for w in weights]) if meaning.rows else first.tensors[suffix]
+        for suffix, meaning in stored.items()
+    }
     parts = tuple(part for w in weights for part in w.parts)
     return LinearWeight(name, first.format, tensors, parts, first.split)

@@ -1,0 +1,128 @@
+"""The memory of the torch op set (`runtime.ops.torch_ops`), told from its code.
+
+T tokens of a step, B sequences, S tokens of the longest one, e bytes of the compute dtype. A step holds
+
+- for each KV group an additive mask [.., G * Q, S] of every sequence's Q queries, G heads sharing a key head: at most
+  G * T * S numbers; and two gather buffers of the keys and values of every sequence, padded to the longest: B * S rows;
+- the residual stream: x and delta of the layer before, and of this one (Python keeps the caller's alive);
+- queries, keys and values before and after rotation, and the attention's output;
+- then the MLP's gate, up, activation and product, or the logits and the sampler's copies of them.
+
+`tests/builder/test_ledger_gpu.py` holds this against CUDA's allocator. What the allocator wastes between blocks is left
+to the reserve.
+"""
+
+from __future__ import annotations
+
+from trtx.builder.backend import Backend
+from trtx.builder.cost import ITEMSIZE, resident_bytes
+from trtx.builder.shard import Shard
+from trtx.builder.sizing import Sizing
+from trtx.converters.spec import Kind
+from trtx.quantize.formats import DTYPES
+from trtx.runtime.kv_layout import KVLayout
+
+_MIB = 1 << 20
+
+CONTEXT = {"cpu": 512 * _MIB, "cuda": 768 * _MIB}
+"""Interpreter and libraries on a CPU; CUDA context and loaded kernels on a GPU (733 MB on an H200, torch 2.11)."""
+
+CUBLAS_WORKSPACE = 64 * _MIB
+"""cuBLAS takes 32 MiB on Hopper and newer, cuBLASLt as much again."""
+
+NCCL = 512 * _MIB
+"""Channels and buffers of one communicator."""
+
+ROUNDING_BYTES = {"none": 0, "fp8": 10, "int8_sq": 13, "int4_awq": 8, "nvfp4": 30}
+"""Temporary bytes an input number takes while a format rounds it (`Format.activation`), besides the result."""
+
+SAMPLER_BYTES = 56
+"""Bytes a logit takes in `runtime.sampler`: fp32 logits, log-probabilities, values and ids in falling order,
+probabilities and their running sums, in fp32 and fp64."""
+
+
+class TorchBackend(Backend):
+    """Plain torch. Weights are dequantized to the compute dtype when they are loaded."""
+
+    name, devices = "torch", ("cpu", "cuda")
+
+    def weight_bytes(self, sizing: Sizing, shard: Shard) -> int:
+        size, quantization = ITEMSIZE[sizing.compute_dtype], sizing.model.quantization
+        total = 0
+        for module in shard.modules():
+            total += module.parameters * size
+            if module.kind is Kind.LINEAR:
+                stored = quantization.stored(module, DTYPES[sizing.model.dtype])
+                total += sum(stored[suffix].bytes for suffix in quantization.format_of(module).input_tensors)
+        return total
+
+    def streamed_bytes(self, sizing: Sizing) -> int:
+        return resident_bytes(sizing.model.spec, sizing.compute_dtype)
+
+    def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
+        spec, tp = shard.spec, shard.mapping.tp
+        size, tokens = ITEMSIZE[sizing.compute_dtype], sizing.max_num_tokens
+        hidden = spec.hidden_size
+        queries, keys = (heads * spec.head_dim // tp for heads in (spec.num_heads, spec.num_kv_heads))
+        inner = spec.intermediate_size // tp
+        rounding = ROUNDING_BYTES[sizing.model.quantization.format]
+
+        residual = 6 * tokens * hidden * size
+        norm = 2 * tokens * hidden * 4  # fp32 copies
+        attention = tokens * (queries + 2 * keys) * size + tokens * (queries + keys) * size + tokens * queries * size
+        rotation = 2 * tokens * queries * size
+        folding = 2 * tokens * queries * size
+        attending = folding + _decoding(sizing, shard)
+        mlp = tokens * inner * max(4 * size, 3 * size + rounding)
+        rounding_input = tokens * max(hidden, queries) * (size + rounding) if rounding else 0
+        logits = sizing.max_batch_size * spec.vocab_size * (size + SAMPLER_BYTES) if shard.is_last else 0
+
+        layer = attention + max(norm, rotation, attending, mlp, rounding_input)
+        held, building = _step_bytes(sizing, shard)
+        return held + max(residual + max(layer, logits), building)
+
+    def table_bytes(self, sizing: Sizing) -> int:
+        rows = sizing.max_seq_len + sizing.max_num_tokens  # the table, and what a step gathers from it
+        return 2 * rows * sizing.model.spec.rope.dim * ITEMSIZE[sizing.compute_dtype]
+
+    def workspace_bytes(self, sizing: Sizing) -> int:
+        device = sizing.target.device
+        cublas = CUBLAS_WORKSPACE if device == "cuda" else 0
+        return CONTEXT[device] + cublas + (NCCL if sizing.mapping.ranks > 1 else 0)
+
+    def math_dtype(self, sizing: Sizing) -> str:
+        return sizing.compute_dtype
+
+
+def _step_bytes(sizing: Sizing, shard: Shard) -> tuple[int, int]:
+    """Masks and gather buffers: what a step holds to its end, and what building a mask takes for a moment."""
+    layout = _layout(sizing, shard)
+    tokens, length = sizing.max_num_tokens, _padded(sizing)
+    sharing = shard.spec.num_heads // shard.spec.num_kv_heads
+    mask = sharing * tokens * length * ITEMSIZE[sizing.compute_dtype]
+    scratch = 2 * _gathered(sizing, layout) * layout.itemsize
+    building = tokens * length * (8 + 1 + ITEMSIZE[sizing.compute_dtype])  # distances (int64), what is hidden, the mask
+    return len(layout.groups) * (mask + scratch), building
+
+
+def _decoding(sizing: Sizing, shard: Shard) -> int:
+    """Bytes to turn gathered keys and values into the compute dtype."""
+    if sizing.kv_dtype == sizing.compute_dtype:
+        return 0
+    size = ITEMSIZE[sizing.compute_dtype]
+    scaled = 8 if sizing.kv_dtype == "fp8" else 0  # two fp32 copies of one of the two at a time
+    return _gathered(sizing, _layout(sizing, shard)) * (2 * size + scaled)
+
+
+def _gathered(sizing: Sizing, layout: KVLayout) -> int:
+    """Numbers in the keys (or values) of a full batch, in one layer."""
+    return sizing.max_batch_size * _padded(sizing) * layout.kv_heads * layout.head_dim
+
+
+def _layout(sizing: Sizing, shard: Shard) -> KVLayout:
+    return shard.kv_layout(sizing.kv_block_size, ITEMSIZE[sizing.kv_dtype])
+
+
+def _padded(sizing: Sizing) -> int:
+    """The longest sequence in whole blocks."""
+    return -(-sizing.max_seq_len // sizing.kv_block_size) * sizing.kv_block_size

@@ -1,0 +1,208 @@
+"""`trtx build`: an engine for one kind of GPU from a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from trtx.cli.common import Force, Json, Verbose, emit, note, progress, warn
+
+if TYPE_CHECKING:
+    from trtx.builder.build import Blueprint
+    from trtx.builder.planner import Plan
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def _bytes(text: str) -> int:
+    """'4GiB', '500MB' or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmg]i?|)b?", text.strip().lower())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is not a size. Give one like 4GiB, 500MB or a number of bytes.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def build(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT", help="A checkpoint, or random:CONFIG.json (random weights).", show_default=False
+        ),
+    ],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The engine's folder.", show_default=False)] = None,
+    backend: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
+    gpu: Annotated[
+        str, typer.Option(help="auto (the GPU that is here, else the CPU), cpu, or h100-sxm, l4, …")
+    ] = "auto",
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs to plan for.", show_default="1")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.", show_default="planned")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages.", show_default="planned")] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that run at once.", show_default="64, on a CPU 8")
+    ] = None,
+    max_num_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one step, prefill and decode.", show_default="2048")
+    ] = None,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompt and output of a sequence.", show_default="the model's, at most 8192"),
+    ] = None,
+    kv_block_size: Annotated[int, typer.Option(help="Tokens of a KV block: 8, 16, 32, 64 or 128.")] = 32,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, fp8; auto: fp8 where CKPT has its scales, else as --dtype.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="To compute in: fp32, fp16, bf16; auto: CKPT's.")] = "auto",
+    memory_fraction: Annotated[float, typer.Option(help="Part of the memory that the engine may take.")] = 0.9,
+    kv_cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=_bytes,
+            metavar="SIZE",
+            help="Most memory for the KV cache.",
+            show_default="what is left, on a CPU 4GiB",
+        ),
+    ] = None,
+    isl: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens that plans are rated for.", show_default="1024")
+    ] = None,
+    osl: Annotated[
+        int | None, typer.Option(min=1, help="Output tokens that plans are rated for.", show_default="256")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Print ledger and plans; write nothing.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build an engine for one kind of GPU, or plan one.
+
+    Prints the memory ledger and the ways to split the model over the GPUs.
+    """
+    if out is None and not plan_only:
+        raise typer.BadParameter("Where to? Give OUT, or --plan-only to write nothing.", param_hint="OUT")
+    from trtx.builder import build as library
+    from trtx.converters.artifact import refuse_target
+
+    if out is not None and not plan_only:
+        refuse_target(out, force)
+    settings = library.BuildSettings(
+        backend=backend,
+        gpu=gpu,
+        gpus=gpus,
+        tp=tp,
+        pp=pp,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
+        max_seq_len=max_seq_len,
+        kv_block_size=kv_block_size,
+        kv_cache_dtype=kv_cache_dtype,
+        dtype=dtype,
+        memory_fraction=memory_fraction,
+        kv_cache_memory=kv_cache_memory,
+        isl=isl,
+        osl=osl,
+        seed=seed,
+    )
+    blueprint = library.prepare(source, settings)
+    for text in blueprint.notes:
+        warn(text)
+    emit(_to_json(blueprint), as_json, lambda: _render(blueprint))
+    if plan_only or out is None:
+        return
+    for text in library.write(blueprint, out, force=force, progress=partial(progress, "Building")):
+        warn(text)
+    if not as_json:
+        note(f'Next: trtx run {out} "Hello", or trtx bench {out}')
+
+
+def _to_json(blueprint: Blueprint) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    config = blueprint.config()
+    return {
+        "backend": config.backend,
+        "compute_dtype": config.compute_dtype,
+        "limits": asdict(config.limits),
+        "mapping": asdict(config.mapping),
+        "fingerprint": asdict(config.fingerprint),
+        "ledger": config.ledger,
+        "workload": asdict(blueprint.workload),
+        "plans_are": "unchecked estimates",
+        "plans": [asdict(plan) for plan in blueprint.plans],
+        "notes": blueprint.notes,
+    }
+
+
+def _render(blueprint: Blueprint) -> RenderableType:
+    parts: list[RenderableType] = [
+        _facts(blueprint),
+        Text("\nMemory of the fullest rank" if blueprint.sizing.mapping.ranks > 1 else "\nMemory", "bold"),
+    ]
+    parts.append(_ledger(blueprint))
+    if any(plan.estimate for plan in blueprint.plans) or len(blueprint.plans) > 1:
+        isl, osl = blueprint.workload.isl, blueprint.workload.osl
+        parts.append(Text(f"\nPlans for {isl} → {osl} tokens (unchecked estimate: roofline)", "bold"))
+        parts.append(_plans(blueprint))
+    return Group(*parts)
+
+
+def _facts(blueprint: Blueprint) -> Table:
+    sizing, ledger = blueprint.sizing, blueprint.ledger
+    spec, quantization = sizing.model.spec, sizing.model.quantization
+    weights = (
+        "random weights"
+        if blueprint.config().has_random_weights
+        else quantization.format.replace("none", "unquantized")
+    )
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "model", f"{spec.family}, {spec.parameters:,} parameters, {weights}, computing in {sizing.compute_dtype}"
+    )
+    table.add_row("device", f"{sizing.target.name}, {blueprint.backend.name} backend")
+    table.add_row(
+        "limits",
+        f"{sizing.max_batch_size} sequences, {sizing.max_num_tokens} tokens a step, {sizing.max_seq_len} a sequence",
+    )
+    tokens = f"{ledger.kv_blocks:,} blocks of {sizing.kv_block_size} tokens in {sizing.kv_dtype}"
+    table.add_row("KV cache", f"{tokens}: {ledger.full_sequences:.1f} sequences of full length")
+    return table
+
+
+def _ledger(blueprint: Blueprint) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, size in blueprint.ledger.rows.items():
+        share = size / blueprint.sizing.target.memory
+        table.add_row(f"  {name.replace('_', ' ')}", Text(decimal(size), justify="right"), f"{share:6.1%}")
+    return table
+
+
+def _plans(blueprint: Blueprint) -> Table:
+    table = Table("tp", "pp", "KV blocks", "batch", "TTFT ms", "TPOT ms", "output tok/s", "", box=None, padding=(0, 2))
+    for column in table.columns[:-1]:
+        column.justify = "right"
+    for plan in blueprint.plans:
+        remark = "chosen" if plan is blueprint.chosen else plan.problem
+        table.add_row(str(plan.mapping.tp), str(plan.mapping.pp), *_figures(plan), remark)
+    return table
+
+
+def _figures(plan: Plan) -> list[str]:
+    blocks = f"{plan.ledger.kv_blocks:,}" if plan.ledger and not plan.problem else "–"
+    if plan.estimate is None:
+        return [blocks, "–", "–", "–", "–"]
+    rated = plan.estimate
+    return [
+        blocks,
+        str(rated.batch),
+        f"{rated.ttft * 1e3:.1f}",
+        f"{rated.tpot * 1e3:.2f}",
+        f"{rated.throughput:,.0f}",
+    ]

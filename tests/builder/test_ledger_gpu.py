@@ -1,0 +1,95 @@
+"""The ledger against CUDA's allocator: the worst steps of the torch op set never take more than was set aside."""
+
+import pytest
+import torch
+
+from tests.builder.models import LLAMA_8B, sizing, spec_of
+from trtx.builder.ledger import account
+from trtx.builder.torch_backend import TorchBackend
+from trtx.converters.checkpoint import CheckpointConfig
+from trtx.quantize.formats import DTYPES, E4M3, FORMATS, Quantization
+from trtx.runtime import weights
+from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.kv_layout import KVLayout
+from trtx.runtime.ops.torch_ops import TorchKVCache, TorchOps
+from trtx.runtime.sampler import Row, sample
+from trtx.runtime.sampling import SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+LAYERS = 3
+ROW = Row(SamplingParams(temperature=1.0, top_p=0.9, logprobs=5), prompt=[1], output=[2], seed=1, index=0)
+
+
+def random_store(model):
+    expected = model.expected()
+
+    def tensor(name):
+        stored = expected[name]
+        if stored.dtype.is_floating_point:
+            return (0.02 * torch.rand(stored.shape, device="cuda")).to(stored.dtype)
+        return torch.randint(0, 100, stored.shape, device="cuda").to(stored.dtype)
+
+    return weights.WeightStore(model, tensor, expected.__contains__)
+
+
+def worst_steps(asked, tables):
+    """Steps that fill every limit: a decode batch beside a prefill chunk, chunks of all sequences, decodes alone."""
+    batch, tokens, length = asked.max_batch_size, asked.max_num_tokens, asked.max_seq_len
+    decode = SequenceSlice([1], length - 1, tables, 1)
+    rest = tokens - batch + 1
+    share = tokens // batch
+    return [
+        [decode] * (batch - 1) + [SequenceSlice([1] * rest, length - rest, tables, 1)],
+        [SequenceSlice([1] * share, length - share, tables, 1)] * batch,
+        [decode] * batch,
+    ]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "form, compute, kv, batch, tokens, length",
+    [
+        ("none", "bf16", "bf16", 64, 2048, 8192),
+        ("none", "bf16", "fp8", 64, 2048, 8192),
+        ("none", "fp32", "fp32", 16, 2048, 4096),
+        ("none", "bf16", "bf16", 2, 2048, 32768),
+        ("none", "bf16", "bf16", 256, 256, 512),
+        ("fp8", "bf16", "bf16", 4, 4096, 4096),
+        ("int8_sq", "fp32", "fp32", 4, 4096, 4096),
+        ("int4_awq", "bf16", "bf16", 4, 4096, 4096),
+        ("nvfp4", "bf16", "bf16", 4, 4096, 4096),
+        ("nvfp4", "fp32", "fp32", 4, 4096, 4096),
+    ],
+)
+def test_worst_steps_fit(form, compute, kv, batch, tokens, length):
+    spec = spec_of(LLAMA_8B, num_hidden_layers=LAYERS)
+    model = CheckpointConfig(spec, "bf16", Quantization(form, FORMATS[form].group_size(spec.hidden_size)))
+    asked = sizing(
+        model, compute_dtype=compute, kv_dtype=kv, max_batch_size=batch, max_num_tokens=tokens, max_seq_len=length
+    )
+    ledger = account(asked, TorchBackend())
+    torch.zeros(1, 1, device="cuda").mm(torch.zeros(1, 1, device="cuda"))  # cuBLAS takes its workspace
+
+    before = torch.cuda.memory_allocated()
+    ops = TorchOps(spec, DTYPES[compute], "cuda", length)
+    decoder = weights.load(random_store(model), ops)
+    allocated = torch.cuda.memory_allocated() - before
+    assert allocated == pytest.approx(ledger.weights, rel=1e-3)
+
+    kv_dtype = E4M3 if kv == "fp8" else DTYPES[kv]
+    one = torch.ones((), device="cuda")
+    scales = [(one, one)] * LAYERS if kv == "fp8" else None
+    layout = KVLayout.of(spec, asked.kv_block_size, kv_dtype.itemsize)
+    cache = TorchKVCache(layout, ledger.sequence_blocks + 1, kv_dtype, torch.device("cuda"), scales)
+    tables = (list(range(1, ledger.sequence_blocks + 1)),) * len(layout.groups)
+
+    def run(step):
+        sample(decoder.forward(ops.step(step, cache)).float(), [ROW] * len(step))
+
+    resting = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for step in worst_steps(asked, tables):
+        run(step)
+    peak = torch.cuda.max_memory_allocated() - resting
+    assert 0.6 * ledger.activations < peak <= ledger.activations + ledger.rope_tables
