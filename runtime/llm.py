@@ -8,7 +8,7 @@ for completion in llm.generate(["The capital of France is"], SamplingParams(temp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -140,8 +140,8 @@ class LLM:
         return self._tokenizer
 
     def default_params(self) -> SamplingParams:
-        """The model's own sampling defaults (`generation_config.json`)."""
-        return SamplingParams(**self._tokenizer.defaults()) if self._tokenizer else SamplingParams()
+        """The model's own sampling defaults (`generation_config.json`); greedy without any."""
+        return SamplingParams(**self._tokenizer.defaults()) if self._tokenizer else SamplingParams(temperature=0)
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> Request:
         """A request for `stream`. Text is tokenized; the model's own sampling defaults stand in for missing `params`.
@@ -191,7 +191,7 @@ class LLM:
             found[chunk.request, chunk.index].append(chunk)
         return list(found.values())
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request]) -> Generator[Chunk, None, None]:
         """Run requests together; yields chunks of all of them as they come. Closing the iterator cancels the rest."""
         started = time.perf_counter()
         streams: dict[tuple[str, int], _Continuation] = {}
@@ -226,18 +226,14 @@ class _Continuation:
     """The text of one continuation: turns token events into text and finds stop strings."""
 
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
-        self._text: TextStream | None = tokenizer.stream(params.stop) if tokenizer else None
-        self._min_tokens = params.min_tokens
-        self._tokens = 0
+        self._text: TextStream | None = tokenizer.stream(params.stop, params.min_tokens) if tokenizer else None
 
     def take(self, event: TokenEvent) -> tuple[str, FinishReason | None]:
         """The text that the event adds, and how the continuation ends, if it does."""
         if self._text is None:
             return "", event.finish
-        text = ""
-        if event.token is not None:
-            self._tokens += 1
-            text = self._text.push(event.token)
+        ends = event.token is None or event.finish is FinishReason.STOP
+        text = "" if ends or event.token is None else self._text.push(event.token)
         if self._text.stopped:
             return text, FinishReason.STOP
         if event.finish is not None:
