@@ -1,0 +1,101 @@
+"""The roofline that decode steps are compared with: what they must read and compute, and how fast the machine can.
+
+Williams et al. 2009, Roofline: an insightful visual performance model (doi:10.1145/1498765.1498785).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from trtx.builder import cost, gpus
+from trtx.builder.engine import EngineConfig
+from trtx.quantize.formats import DTYPES
+
+_READ_BYTES = 512 << 20
+"""Read to measure the bandwidth: more than the caches of most CPUs hold."""
+_MATMUL = 2048
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step must do, whatever the implementation."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """How fast a machine can read memory and multiply matrices in the engine's compute dtype.
+
+    Attributes:
+        source: the datasheet, or that it was measured.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    source: str
+
+    def seconds(self, step: Cost) -> float:
+        """The least time a step can take."""
+        return max(step.bytes / self.bytes_per_s, step.flops / self.flops_per_s)
+
+
+def decode_cost(config: EngineConfig) -> Callable[[int, int], Cost]:
+    """A function: (sequences, their context tokens in all) → the cost of a step that decodes a token for each.
+
+    The sequences count as equally long, which is exact without sliding windows.
+    """
+
+    weights = cost.weight_bytes(config)
+
+    @cache
+    def of_one(context: int) -> Cost:
+        return Cost(cost.decode_bytes(config, 1, context) - weights, cost.decode_flops(config, 1, context))
+
+    def of_step(sequences: int, context_tokens: int) -> Cost:
+        one = of_one(context_tokens // sequences)
+        return Cost(weights + sequences * one.bytes, sequences * one.flops)
+
+    return of_step
+
+
+def ceiling(config: EngineConfig, device: torch.device) -> Ceiling:
+    """The ceiling of all ranks of an engine: from the GPU's datasheet if it is in the table, else measured here."""
+    ranks = config.mapping.ranks
+    gpu = gpus.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is not None:
+        flops = gpu.tflops[config.compute_dtype] * 1e12
+        return Ceiling(gpu.bandwidth * 1e9 * ranks, flops * ranks, f"datasheet of {gpu.name}")
+    flops = matmul_rate(device, DTYPES[config.compute_dtype])
+    return Ceiling(read_bandwidth(device) * ranks, flops * ranks, "measured on this machine")
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes/s at which matrix-vector products read a matrix that the caches do not hold; best of five."""
+    matrix = torch.ones(_READ_BYTES // 4 // 4096, 4096, device=device)
+    return matrix.nbytes / _seconds(lambda: matrix.mv(matrix[0]), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product in `dtype`; best of five."""
+    a = torch.ones(_MATMUL, _MATMUL, dtype=dtype, device=device)
+    return 2 * _MATMUL**3 / _seconds(lambda: a @ a, device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return min(once() for _ in range(_REPEATS))
