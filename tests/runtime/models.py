@@ -66,9 +66,9 @@ def checkpoint_of(model: PreTrainedModel, folder: Path) -> Path:
 
 
 def engine_of(checkpoint: Path, out: Path, **settings: Any) -> Path:
-    """A CPU engine with small limits."""
-    sizes = {"max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 128, "kv_block_size": 16}
-    build(checkpoint, out, BuildSettings(gpu="cpu", **{**sizes, **settings}))
+    """An engine with small limits, for the CPU unless asked otherwise."""
+    sizes = {"gpu": "cpu", "max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 128, "kv_block_size": 16}
+    build(checkpoint, out, BuildSettings(**{**sizes, **settings}))
     return out
 
 
