@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.runtime.models import VARIANTS, assert_greedy, checkpoint_of, engine_of, random_model
 from tests.runtime.test_decoder import GREEDY, relative_error
@@ -53,9 +54,10 @@ def test_commands_give_the_cpu_s_tokens(checkpoint, smollm2_reference, gpu, tmp_
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"id": str(i), "prompt": p}) + "\n" for i, p in enumerate(PROMPTS)))
     outputs = {}
+    limits = ["--max-batch-size", 8, "--max-num-tokens", 48, "--max-seq-len", 256]
     for device in ("auto", "cpu"):
         engine = tmp_path / device
-        trtx("build", checkpoint, engine, "--gpu", device, "--max-seq-len", 256, "--max-num-tokens", 48)
+        trtx("build", checkpoint, engine, "--gpu", device, *limits)
         options = ["--temperature", 0, "--max-tokens", 64, "--ignore-eos", "--json"]
         lines = trtx("run", engine, "--input", prompts, *options).splitlines()
         outputs[device] = [json.loads(line)["token_ids"] for line in lines]
@@ -100,26 +102,37 @@ def test_block_sizes_and_kv_dtypes_run(block_size, kv_dtype, tmp_path):
     [("none", "none"), ("fp8", "none"), ("int8_sq", "none"), ("int4_awq", "none"), ("nvfp4", "none"), ("fp8", "fp8")],
 )
 def test_quantized_on_the_gpu(form, kv_cache, checkpoint, tmp_path, record_property):
-    """Quantize on the GPU; the logits of what was written agree between the devices."""
+    """Quantize on the GPU; what was written means the same on both devices."""
     quantized = checkpoint
     if form != "none":
         quantized = tmp_path / "quantized"
         report = quantize(checkpoint, quantized, QuantizeSettings(form, kv_cache, device="cuda", max_ppl_increase=1000))
         record_property("perplexity_increase_percent", round(report.comparison.ppl_increase, 3))
-    opened = Checkpoint(quantized)
     ids = torch.tensor([Tokenizer.load(quantized).encode("".join(PROMPTS[:12]))[:128]])
-    logits: list[Any] = []
-    for device in ("cuda", "cpu"):
-        ops = TorchOps(opened.spec, torch.float32, device)
-        with torch.inference_mode():
-            decoder = load(WeightStore.of_checkpoint(opened), ops)
-            logits.append(decoder.forward(ops.uncached_step(ids)).cpu())
-    error = relative_error(*logits)
-    agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean().item()
-    record_property("largest_relative_difference", error)
-    record_property("top1_agreement", agreement)
-    # A value at the edge between two codes may fall to either side: whole logits are compared only without rounding.
-    assert error < 1e-4 if form in ("none", "int4_awq") else agreement > 0.97
+    on_gpu, on_cpu = (logits_on(device, quantized, ids) for device in ("cuda", "cpu"))
+    record_property("largest_relative_difference", relative_error(on_gpu, on_cpu))
+    record_property("kl_between_devices", divergence(on_gpu, on_cpu))
+    if form in ("none", "int4_awq"):
+        assert relative_error(on_gpu, on_cpu) < 1e-4
+    else:
+        # An activation at the edge between two codes may fall to either side, and later layers carry that on: the
+        # devices may differ, but by less than the rounding itself costs.
+        from_source = divergence(on_cpu, logits_on("cpu", checkpoint, ids))
+        record_property("kl_from_source", from_source)
+        assert divergence(on_gpu, on_cpu) < from_source
+
+
+def logits_on(device: str, checkpoint: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of whole sequences [1, S] in fp32 → [S, V] on the CPU."""
+    opened = Checkpoint(checkpoint)
+    ops = TorchOps(opened.spec, torch.float32, device)
+    with torch.inference_mode():
+        return load(WeightStore.of_checkpoint(opened), ops).forward(ops.uncached_step(ids)).cpu()
+
+
+def divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean KL divergence of the next-token distributions from the reference's, in nats."""
+    return F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean").item()
 
 
 def test_8b_engine_of_random_weights_runs_in_its_ledger(gpu, tmp_path, record_property):
@@ -132,11 +145,13 @@ def test_8b_engine_of_random_weights_runs_in_its_ledger(gpu, tmp_path, record_pr
     trtx("bench", engine, *options, "--output", report, "--json")
     record_property("bench", json.loads(report.read_text())["metrics"])
     ledger = json.loads((engine / "engine.json").read_text())["ledger"]
+    gc.collect()
+    before = torch.cuda.memory_allocated()
     llm = LLM(engine)
     torch.cuda.reset_peak_memory_stats()
     llm.generate([[i] * 100 for i in range(1, 17)], GREEDY)
-    used = torch.cuda.max_memory_allocated()
+    used = torch.cuda.max_memory_allocated() - before
     record_property("ledger", ledger)
     record_property("peak_allocated_bytes", used)
-    planned = ledger["weights"] + ledger["kv_cache"] + ledger["activations"]
+    planned = sum(ledger[purpose] for purpose in ("weights", "kv_cache", "activations", "rope_tables"))
     assert used < planned

@@ -1,0 +1,167 @@
+"""`trtx doctor`: what this machine has, and what each backend needs. It must work where nothing else does."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from trtx import __version__
+from trtx.cli.common import Json, emit
+from trtx.converters.errors import ExitCode
+
+PACKAGES = {
+    "torch": "for all commands but inspect, doctor and make",
+    "triton": "comes with CUDA builds of torch; not used by this version",
+    "nvidia-modelopt": "for trtx quantize",
+    "transformers": "for trtx's tests",
+    "gguf": "for trtx convert MODEL.gguf",
+    "huggingface-hub": "for trtx convert OWNER/MODEL",
+    "tokenizers": "for trtx quantize, run and bench",
+    "matplotlib": "for trtx bench --plot",
+    "tensorrt": "not used by this version",
+    "tensorrt-rtx": "not used by this version",
+}
+"""Distribution → what it is for."""
+
+_SMI_QUERY = ("name", "compute_cap", "memory.total", "driver_version")
+_MEBI = 1 << 20
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine has and which backends would work.
+
+    Exits with 10 when no backend works. Nothing is downloaded and no server is asked.
+    """
+    torch = _torch()
+    gpus = _gpus()
+    data: dict[str, Any] = {
+        "trtx": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "torch": torch,
+        "gpus": gpus,
+        "backends": [_cpu_backend(torch), _cuda_backend(torch, gpus)],
+    }
+    emit(data, as_json, lambda: _render(data))
+    if not any(backend["ready"] for backend in data["backends"]):
+        raise typer.Exit(ExitCode.MISSING)
+
+
+def _version(distribution: str) -> str | None:
+    from importlib import metadata  # a tenth of the start-up time of `trtx --help`
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> dict[str, Any]:
+    """What torch says of itself; `error` is None when it can be imported."""
+    try:
+        import torch
+
+        available = torch.cuda.is_available()
+        return {
+            "error": None,
+            "version": torch.__version__,
+            "cuda_runtime": torch.version.cuda,
+            "cuda_available": available,
+            "architectures": torch.cuda.get_arch_list() if available else [],
+        }
+    except Exception as error:  # a broken installation fails in many ways, and saying so is what this command is for
+        return {
+            "error": f"{type(error).__name__}: {error}",
+            "version": None,
+            "cuda_runtime": None,
+            "cuda_available": False,
+            "architectures": [],
+        }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """The GPUs that the driver's own tool lists, with or without a torch that can use them."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, f"--query-gpu={','.join(_SMI_QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    return [
+        {"name": name, "sm": sm.replace(".", ""), "memory_bytes": _mebibytes(memory), "driver": driver}
+        for name, sm, memory, driver in (row for row in rows if len(row) == len(_SMI_QUERY))
+    ]
+
+
+def _mebibytes(text: str) -> int | None:
+    """Bytes from nvidia-smi's MiB; GPUs that share the CPU's memory say '[N/A]'."""
+    return int(text) * _MEBI if text.isdigit() else None
+
+
+def _cpu_backend(torch: dict[str, Any]) -> dict[str, Any]:
+    return _backend("torch on the CPU", "torch", _torch_problem(torch))
+
+
+def _cuda_backend(torch: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    problem = _torch_problem(torch)
+    if not problem and not gpus:
+        problem = ("no NVIDIA GPU is visible (nvidia-smi lists none)", "")
+    if not problem and torch["cuda_runtime"] is None:
+        problem = ("this torch is built without CUDA", "Install a CUDA build of torch.")
+    if not problem and not torch["cuda_available"]:
+        problem = (
+            f"torch can't use the GPU: driver {gpus[0]['driver']}, CUDA {torch['cuda_runtime']} in torch",
+            "Update the driver, or install a torch for an older CUDA.",
+        )
+    return _backend("torch on CUDA", "torch with CUDA, an NVIDIA GPU and its driver", problem)
+
+
+def _torch_problem(torch: dict[str, Any]) -> tuple[str, str] | None:
+    if torch["error"] is None:
+        return None
+    return f"torch can't be imported ({torch['error']})", "Install torch again."
+
+
+def _backend(name: str, needs: str, problem: tuple[str, str] | None) -> dict[str, Any]:
+    cause, remedy = problem or ("", "")
+    return {"name": name, "ready": problem is None, "needs": needs, "problem": cause, "remedy": remedy}
+
+
+def _render(data: dict[str, Any]) -> RenderableType:
+    machine = _table()
+    machine.add_row("trtx", data["trtx"])
+    machine.add_row("Python", data["python"])
+    machine.add_row("platform", Text(f"{data['platform']}, {data['cpus']} CPUs"))
+    machine.add_row("CUDA in torch", data["torch"]["cuda_runtime"] or "none")
+    for gpu in data["gpus"]:
+        memory = decimal(gpu["memory_bytes"]) if gpu["memory_bytes"] else "shared memory"
+        machine.add_row("GPU", Text(f"{gpu['name']}, SM {gpu['sm']}, {memory}, driver {gpu['driver']}"))
+    packages = _table()
+    for name, version in data["packages"].items():
+        packages.add_row(name, version or Text("not installed", "dim"), Text(PACKAGES[name], "dim"))
+    backends = _table()
+    for backend in data["backends"]:
+        state = (
+            Text("ready", "green") if backend["ready"] else Text(f"{backend['problem']}. {backend['remedy']}", "red")
+        )
+        backends.add_row(backend["name"], state, Text(backend["remedy"], "dim"))
+    sections = {"Machine": machine, "Packages": packages, "Backends": backends}
+    return Group(*(Group(Text(title, "bold"), table) for title, table in sections.items()))
+
+
+def _table() -> Table:
+    return Table(box=None, show_header=False, padding=(0, 2, 0, 2))
