@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trtx.cli.common import Json, Verbose, json_line, note, progress
+from trtx.cli.common import Json, Verbose, json_line, note, progress, warn
 from trtx.cli.repl import converse, print_stream, write
 from trtx.converters.errors import InputError, RequestError
 
@@ -187,7 +187,10 @@ def _load(engine: Path, device: str | None) -> LLM:
     from trtx.runtime.llm import LLM
 
     with progress("Loading", Engine(engine).config.ledger.get("weights")) as advance:
-        return LLM(engine, device=device, advance=advance)
+        llm = LLM(engine, device=device, advance=advance)
+    for difference in llm.notes:
+        warn(difference)
+    return llm
 
 
 def _require_text(llm: LLM) -> None:

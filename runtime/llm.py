@@ -98,6 +98,7 @@ class LLM:
     Attributes:
         config: the engine's configuration.
         executor: the scheduler and runner, for callers that drive steps themselves.
+        notes: how this machine differs from the one that the engine was built for.
 
     Raises:
         TrtxError: not an engine, damaged, or built for another device.
@@ -116,8 +117,10 @@ class LLM:
         self.config: EngineConfig = opened.config
         self._tokenizer = Tokenizer.load(opened.path) if (opened.path / "tokenizer.json").is_file() else None
         eos_ids = self._tokenizer.eos_ids if self._tokenizer else frozenset()
+        runner = TorchRunner(opened, device, advance)
+        self.notes = runner.notes
         self.executor = Executor(
-            TorchRunner(opened, device, advance),
+            runner,
             self.config.limits,
             self.config.model.spec.vocab_size,
             eos_ids,
@@ -195,17 +198,17 @@ class LLM:
         """Run requests together; yields chunks of all of them as they come. Closing the iterator cancels the rest."""
         started = time.perf_counter()
         streams: dict[tuple[str, int], _Continuation] = {}
-        for request in requests:
-            try:
-                self.executor.add(request)
-            except RequestError as error:
-                for index in range(request.params.n):
-                    event = TokenEvent(request.id, index, None, finish=FinishReason.ERROR, error=error)
-                    yield Chunk(request.id, index, "", event, FinishReason.ERROR, 0.0)
-                continue
-            for index in range(request.params.n):
-                streams[request.id, index] = _Continuation(request.params, self._tokenizer)
         try:
+            for request in requests:
+                try:
+                    self.executor.add(request)
+                except RequestError as error:
+                    for index in range(request.params.n):
+                        event = TokenEvent(request.id, index, None, finish=FinishReason.ERROR, error=error)
+                        yield Chunk(request.id, index, "", event, FinishReason.ERROR, 0.0)
+                    continue
+                for index in range(request.params.n):
+                    streams[request.id, index] = _Continuation(request.params, self._tokenizer)
             while streams:
                 for event in self.executor.step():
                     state = streams.get((event.request, event.index))

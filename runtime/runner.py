@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 
 from trtx.builder.engine import Engine
-from trtx.converters.errors import MismatchError
+from trtx.builder.gpus import available_memory, find
+from trtx.converters.errors import DoesNotFitError, MismatchError
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
@@ -39,8 +40,12 @@ class TorchRunner:
     Args:
         device: 'cpu', 'cuda' or 'cuda:N'; what the engine was built for unless given.
 
+    Attributes:
+        notes: what differs from what the engine was built for, and how to mend it; nothing that keeps it from running.
+
     Raises:
         MismatchError: the engine was built for a device that is not here.
+        DoesNotFitError: the device has less memory free than the engine's ledger asks for.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class TorchRunner:
     ) -> None:
         config, limits = engine.config, engine.config.limits
         self.device = _device(engine, device)
+        self.notes = differences(engine, self.device)
+        _require_memory(engine, self.device)
         dtype = DTYPES[config.compute_dtype]
         store = weights.WeightStore.of_engine(engine, self.device)
         fp8 = limits.kv_dtype == "fp8"
@@ -79,3 +86,32 @@ def _device(engine: Engine, asked: str | None) -> torch.device:
             "Run it on a machine with a GPU, or build again with --gpu cpu.",
         )
     return device
+
+
+def differences(engine: Engine, device: torch.device) -> list[str]:
+    """How this GPU differs from the one the engine was dimensioned for; for people, one sentence each."""
+    if device.type != "cuda":
+        return []
+    built_for, name = engine.config.fingerprint.gpu, torch.cuda.get_device_name(device)
+    row = find(name)
+    if row is not None and row.name == built_for:
+        return []
+    return [
+        f"{engine.path}: built for {built_for}, runs on {name}: its limits may be too small or too large here. "
+        "Build again with --gpu auto to fit them."
+    ]
+
+
+def _require_memory(engine: Engine, device: torch.device) -> None:
+    # On a CPU the rest is small beside what the kernel can reclaim.
+    purposes = ["weights", "kv_cache"]
+    if device.type == "cuda":
+        purposes += ["activations", "rope_tables"]
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    needed = sum(engine.config.ledger[purpose] for purpose in purposes)
+    if needed > available:
+        raise DoesNotFitError(
+            f"{engine.path}: needs {needed / 1e9:.1f} GB ({', '.join(purposes)}); {device} has "
+            f"{available / 1e9:.1f} GB free, {(needed - available) / 1e9:.1f} GB too little.",
+            "Free memory that other processes hold, or build again here: trtx build fits the engine to what is free.",
+        )
