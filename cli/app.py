@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from trtx import __version__
 from trtx.cli.common import stderr
@@ -54,6 +54,19 @@ class _Commands(TyperGroup):
         return result
 
 
+class _Command(TyperCommand):
+    """A subcommand. Its help names arguments as the README does: SRC, not {SRC} or SRC <str>."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for param in self.params:
+            if isinstance(param, TyperArgument):
+                param.display_type_rich = lambda ctx: ""  # type: ignore[method-assign]
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+
 def _exit_code_table() -> str:
     """For the end of `trtx --help`; the \\b keeps click from joining the lines."""
     return "\n".join(["\b", "Exit codes:", *(f"  {code.value:3}  {text}" for code, text in EXIT_CODES.items())])
@@ -95,7 +108,7 @@ def trtx(
 def _register(name: str) -> None:
     function = getattr(import_module(f"trtx.cli.{name}"), name)
     summary, _, _ = function.__doc__.partition("\n")  # given as it is, or click cuts it in the list of commands
-    app.command(name, short_help=summary)(function)
+    app.command(name, cls=_Command, short_help=summary)(function)
 
 
 for _name in COMMANDS:

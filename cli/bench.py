@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trtx.cli.common import Json, Verbose, emit, note, progress, warn
+from trtx.cli.common import Device, Json, Verbose, emit, note, progress, warn
 from trtx.converters.errors import RequestError
 
 if TYPE_CHECKING:
@@ -66,13 +66,11 @@ def bench(
         ),
     ] = None,
     warmup: Annotated[int, typer.Option(min=0, metavar="N", help="Requests served before, not counted.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of prompts, lengths and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of prompts, lengths and arrivals.")] = 0,
     prefix_reuse: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Let equal prefixes share KV blocks.")
     ] = True,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N. Default: what the engine was built for.")
-    ] = None,
+    device: Device = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="JSON", help="Also write the report to this file.")
     ] = None,
@@ -104,7 +102,7 @@ def bench(
 
     prompts = dataset or _random_prompts(isl or _LENGTH, isl_stdev, osl or _LENGTH, osl_stdev, shared_prefix)
     if dataset and any(given is not None for given in (isl, osl, isl_stdev, osl_stdev, shared_prefix)):
-        raise typer.BadParameter("has its own lengths; leave out --isl, --osl and the like", param_hint="--dataset")
+        raise typer.BadParameter("--dataset has its own lengths: leave out --isl, --osl and the like.")
     settings = Settings(prompts, _load(request_rate, concurrency), num_requests, warmup, seed, prefix_reuse)
     # Whatever can be refused is refused before the time is spent.
     if plot is not None:
@@ -147,7 +145,7 @@ def _random_prompts(
         try:
             return Lengths.parse(text, stdev or 0.0)
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint=option) from error
+            raise typer.BadParameter(f"{option}: {error}.") from error
 
     return RandomPrompts(lengths("--isl", isl, isl_stdev), lengths("--osl", osl, osl_stdev), shared_prefix or 0)
 
@@ -158,7 +156,7 @@ def _load(request_rate: float | None, concurrency: int | None) -> Load:
     try:
         return Load(request_rate, concurrency)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--request-rate") from error
+        raise typer.BadParameter(f"--request-rate: {error}.") from error
 
 
 def _render(report: reports.Report, comparison: Comparison | None) -> RenderableType:

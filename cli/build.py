@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +14,29 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from trtx.cli.common import Force, Json, Verbose, emit, note, progress, warn
+from trtx.cli.common import DtypeChoice, Force, Json, Verbose, emit, note, progress, warn
 
 if TYPE_CHECKING:
     from trtx.builder.build import Blueprint
     from trtx.builder.planner import Plan
+
+
+class BackendChoice(str, Enum):
+    """Values of `--backend`."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+
+
+class KVDtypeChoice(str, Enum):
+    """Values of `--kv-cache-dtype`."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP8 = "fp8"
+
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
@@ -37,46 +56,51 @@ def build(
             metavar="CKPT", help="A checkpoint, or random:CONFIG.json (random weights).", show_default=False
         ),
     ],
-    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The engine's folder.", show_default=False)] = None,
-    backend: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The folder to write the engine to.", show_default=False)
+    ] = None,
+    backend: Annotated[BackendChoice, typer.Option(help="What computes.")] = BackendChoice.AUTO,
     gpu: Annotated[
-        str, typer.Option(help="auto (the GPU that is here, else the CPU), cpu, or h100-sxm, l4, …")
+        str, typer.Option(metavar="NAME", help="auto (the GPU that is here, else the CPU), cpu, or h100-sxm, l4, …")
     ] = "auto",
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs to plan for.", show_default="1")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.", show_default="planned")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages.", show_default="planned")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many GPUs to plan for. Default: 1.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tensor-parallel ranks. Default: planned.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, metavar="N", help="Pipeline stages. Default: planned.")] = None,
     max_batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences that run at once.", show_default="64, on a CPU 8")
+        int | None, typer.Option(min=1, metavar="N", help="Sequences that run at once. Default: 64, on a CPU 8.")
     ] = None,
     max_num_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of one step, prefill and decode.", show_default="2048")
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of one step, prefill and decode. Default: 2048.")
     ] = None,
     max_seq_len: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompt and output of a sequence.", show_default="the model's, at most 8192"),
+        typer.Option(
+            min=1, metavar="N", help="Tokens of a sequence, prompt and output. Default: the model's, at most 8192."
+        ),
     ] = None,
-    kv_block_size: Annotated[int, typer.Option(help="Tokens of a KV block: 8, 16, 32, 64 or 128.")] = 32,
+    kv_block_size: Annotated[int, typer.Option(metavar="N", help="Tokens of a KV block: 8, 16, 32, 64 or 128.")] = 32,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, fp8; auto: fp8 where CKPT has its scales, else as --dtype.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="To compute in: fp32, fp16, bf16; auto: CKPT's.")] = "auto",
-    memory_fraction: Annotated[float, typer.Option(help="Part of the memory that the engine may take.")] = 0.9,
+        KVDtypeChoice, typer.Option(help="Of the KV cache; auto: fp8 where CKPT has its scales, else as --dtype.")
+    ] = KVDtypeChoice.AUTO,
+    dtype: Annotated[DtypeChoice, typer.Option(help="To compute in; auto: CKPT's.")] = DtypeChoice.AUTO,
+    memory_fraction: Annotated[
+        float, typer.Option(metavar="F", help="Part of the device's memory that the engine may take.")
+    ] = 0.9,
     kv_cache_memory: Annotated[
         int | None,
         typer.Option(
             parser=_bytes,
             metavar="SIZE",
-            help="Most memory for the KV cache.",
-            show_default="what is left, on a CPU 4GiB",
+            help="Most memory for the KV cache, like 4GiB. Default: what is left, on a CPU 4GiB.",
         ),
     ] = None,
     isl: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens that plans are rated for.", show_default="1024")
+        int | None, typer.Option(min=1, metavar="N", help="Input tokens that plans are rated for. Default: 1024.")
     ] = None,
     osl: Annotated[
-        int | None, typer.Option(min=1, help="Output tokens that plans are rated for.", show_default="256")
+        int | None, typer.Option(min=1, metavar="N", help="Output tokens that plans are rated for. Default: 256.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights.")] = 0,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print ledger and plans; write nothing.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -87,14 +111,14 @@ def build(
     Prints the memory ledger and the ways to split the model over the GPUs.
     """
     if out is None and not plan_only:
-        raise typer.BadParameter("Where to? Give OUT, or --plan-only to write nothing.", param_hint="OUT")
+        raise typer.BadParameter("OUT is missing. Give a folder to write to, or --plan-only to write nothing.")
     from trtx.builder import build as library
     from trtx.converters.artifact import refuse_target
 
     if out is not None and not plan_only:
         refuse_target(out, force)
     settings = library.BuildSettings(
-        backend=backend,
+        backend=backend.value,
         gpu=gpu,
         gpus=gpus,
         tp=tp,
@@ -103,8 +127,8 @@ def build(
         max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         kv_block_size=kv_block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype.value,
+        dtype=dtype.value,
         memory_fraction=memory_fraction,
         kv_cache_memory=kv_cache_memory,
         isl=isl,
@@ -129,6 +153,8 @@ def _to_json(blueprint: Blueprint) -> dict[str, Any]:
     config = blueprint.config()
     return {
         "backend": config.backend,
+        "quantization": config.model.quantization.format,
+        "random_weights": config.has_random_weights,
         "compute_dtype": config.compute_dtype,
         "limits": asdict(config.limits),
         "mapping": asdict(config.mapping),

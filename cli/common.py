@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,29 @@ def _set_up_logging(verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line on stdout instead of tables.")]
+def _check_device(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is no device. Give cpu, cuda or cuda:N.")
+    return name
+
+
+class DtypeChoice(str, Enum):
+    """Values of `--dtype`."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, one object a line, instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists; the old one stays until the end.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="cpu, cuda or cuda:N. Default: what the engine was built for.", callback=_check_device
+    ),
+]
 Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Print the libraries' log messages on stderr.", callback=_set_up_logging),

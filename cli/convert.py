@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,20 +10,11 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from trtx.cli.common import Force, Json, Verbose, emit, note, progress, warn
+from trtx.cli.common import DtypeChoice, Force, Json, Verbose, emit, note, progress, warn
 from trtx.converters.errors import InputError
 
 if TYPE_CHECKING:
     from trtx.converters.convert import CheckReport, Conversion
-
-
-class DtypeChoice(str, Enum):
-    """Values of `--dtype`."""
-
-    AUTO = "auto"
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
 
 
 def convert(
@@ -37,26 +27,26 @@ def convert(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="The checkpoint's folder.", show_default=False)
+        Path | None, typer.Argument(metavar="OUT", help="The folder to write the checkpoint to.", show_default=False)
     ] = None,
     dtype: Annotated[
         DtypeChoice,
-        typer.Option(help="Of the checkpoint; auto: the source's, bf16 where a GGUF file is quantized."),
+        typer.Option(help="Of the weights; auto: the source's, bf16 where a GGUF file is quantized."),
     ] = DtypeChoice.AUTO,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Read headers only and say whether SRC would convert. Takes no OUT.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights.")] = 0,
     force: Force = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Convert a model to a trtx checkpoint, or --check whether it would convert."""
     if check and out is not None:
-        raise typer.BadParameter("--check writes nothing: leave out OUT.", param_hint="OUT")
+        raise typer.BadParameter("--check writes nothing: leave out OUT.")
     if not check and out is None:
-        raise typer.BadParameter("Where to? Give OUT, or --check to write nothing.", param_hint="OUT")
+        raise typer.BadParameter("OUT is missing. Give a folder to write to, or --check to write nothing.")
     if out is None:
         _check(source, dtype, revision, seed, as_json)
     else:

@@ -155,10 +155,8 @@ def _render(data: dict[str, Any]) -> RenderableType:
         packages.add_row(name, version or Text("not installed", "dim"), Text(PACKAGES[name], "dim"))
     backends = _table()
     for backend in data["backends"]:
-        state = (
-            Text("ready", "green") if backend["ready"] else Text(f"{backend['problem']}. {backend['remedy']}", "red")
-        )
-        backends.add_row(backend["name"], state, Text(backend["remedy"], "dim"))
+        state = Text("ready", "green") if backend["ready"] else Text(backend["problem"], "red")
+        backends.add_row(backend["name"], state, Text(backend["remedy"] or f"needs {backend['needs']}", "dim"))
     sections = {"Machine": machine, "Packages": packages, "Backends": backends}
     return Group(*(Group(Text(title, "bold"), table) for title, table in sections.items()))
 

@@ -59,7 +59,7 @@ def make(
             typer.echo(f"{name:24} {recipes.Recipe.read(path).description}")
         return
     if recipe is None:
-        raise InputError("No recipe is given.", "Give a YAML file, or a name that `trtx make --list` shows.")
+        raise typer.BadParameter("RECIPE is missing. Give a YAML file, or a name that --list shows.")
     content = recipes.Recipe.read(recipes.find(recipe))
     for assignment in assignments or ():
         content.assign(assignment)

@@ -46,8 +46,11 @@ def quantize(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="A checkpoint made by trtx convert.", show_default=False)
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint's folder.", show_default=False)],
-    format: Annotated[FormatChoice, typer.Option(help="Of the linears; none: only the KV cache.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write to.", show_default=False)],
+    format: Annotated[
+        FormatChoice,
+        typer.Option(help="Of the linears' weights; none: quantize only the KV cache.", show_default=False),
+    ],
     kv_cache: Annotated[KVCacheChoice, typer.Option(help="Format of the KV cache.")] = KVCacheChoice.NONE,
     excluded: Annotated[
         list[str],
@@ -59,18 +62,18 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Text or JSONL to calibrate on; else the text that comes with trtx."),
     ] = None,
-    calib_samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 16,
-    calib_length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 256,
+    calib_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to calibrate on.")] = 16,
+    calib_length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens in each.")] = 256,
     eval_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text or JSONL to judge on, another than the calibration's."),
     ] = None,
-    eval_samples: Annotated[int, typer.Option(min=1, help="Windows of text to judge on.")] = 8,
-    eval_length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one step.")] = 8,
+    eval_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to judge on.")] = 8,
+    eval_length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens in each.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Windows in one step.")] = 8,
     max_ppl_increase: Annotated[
         float | None,
-        typer.Option(metavar="PERCENT", help="Fail if the perplexity rises by more. Each format has a default."),
+        typer.Option(metavar="PERCENT", help="Fail if the perplexity rises by more than this, not the format's gate."),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep OUT even if it fails; the exit code stays 7.")] = False,
     device: Annotated[DeviceChoice, typer.Option(help="Where to calibrate and judge.")] = DeviceChoice.AUTO,
@@ -81,10 +84,12 @@ def quantize(
     """Quantize a checkpoint, compare what was written with the source, and fail if it lost too much.
 
     \b
-    fp8       E4M3 weights and activations             (GPUs from SM89 on)
-    int8_sq   INT8 weights and activations, SmoothQuant
-    int4_awq  INT4 weights, AWQ                        (for small batches)
-    nvfp4     FP4 weights and activations              (GPUs from SM100 on)
+                                                 gate (perplexity)
+    fp8       E4M3 weights and activations                    +5%
+    int8_sq   INT8 weights and activations, SmoothQuant      +10%
+    int4_awq  INT4 weights, AWQ                              +25%
+    nvfp4     FP4 weights and activations                    +25%
+    none      only the KV cache (--kv-cache fp8)              +2%
     """
     from trtx.quantize import pipeline
 

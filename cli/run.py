@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trtx.cli.common import Json, Verbose, json_line, note, progress, warn
+from trtx.cli.common import Device, Json, Verbose, json_line, note, progress, warn
 from trtx.cli.repl import converse, print_stream, write
 from trtx.converters.errors import InputError, RequestError
 
@@ -81,9 +81,7 @@ def run(
         bool | None,
         typer.Option("--stats/--no-stats", help="Say on stderr how fast it was. Default: on a terminal."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N. Default: what the engine was built for.")
-    ] = None,
+    device: Device = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -97,13 +95,13 @@ def run(
     """
     conversing = chat and not prompts and input is None and sys.stdin.isatty()
     if prompts and input is not None:
-        raise typer.BadParameter("prompts are given twice: leave out --input or PROMPT", param_hint="--input")
+        raise typer.BadParameter("prompts are given twice: leave out --input or PROMPT.")
     if system is not None and not chat:
-        raise typer.BadParameter("is for conversations: give --chat too", param_hint="--system")
+        raise typer.BadParameter("--system is for conversations: give --chat too.")
     if logprobs is not None and not as_json:
-        raise typer.BadParameter("are printed with --json only", param_hint="--logprobs")
+        raise typer.BadParameter("--logprobs are printed with --json only.")
     if conversing and (as_json or n is not None):
-        raise typer.BadParameter("need a prompt: give one, or pipe it in", param_hint="--json and -n")
+        raise typer.BadParameter("--json and -n need a prompt: give one, or pipe it in.")
     options = _sampling_options(
         min_tokens=min_tokens,
         temperature=temperature,
@@ -159,7 +157,7 @@ def _sampling_options(**options: Any) -> dict[str, Any]:
 def _read_prompt() -> str:
     """The prompt on stdin, without its last line break, which is the shell's."""
     if sys.stdin.isatty():
-        raise typer.BadParameter("give one, pipe one in, or give --input or --chat", param_hint="PROMPT")
+        raise typer.BadParameter("PROMPT is missing. Give one, pipe one in, or give --input or --chat.")
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -190,6 +188,8 @@ def _load(engine: Path, device: str | None) -> LLM:
         llm = LLM(engine, device=device, advance=advance)
     for difference in llm.notes:
         warn(difference)
+    if llm.config.has_random_weights:
+        warn("random weights: the output means nothing.")
     return llm
 
 

@@ -162,8 +162,8 @@ def create(
     Raises:
         OutputError: the target exists (without `force`), the disk is full, or the folder can't be written.
     """
-    target = Path(os.path.abspath(target))
     refuse_target(target, force)
+    target = Path(os.path.realpath(target))  # a link stays a link: what it points to is replaced
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)

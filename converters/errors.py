@@ -120,6 +120,13 @@ class RequestError(TrtxError):
     exit_code = ExitCode.REQUEST
 
 
+_REFUSALS = (
+    errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.EEXIST, errno.ENOTDIR,  # a file stands where a folder is needed
+    errno.ENAMETOOLONG, errno.ENOENT,  # no folder can be made there, as under /proc
+)  # fmt: skip
+
+
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
     """Turn the operating system's refusals while `target` is written into an `OutputError`."""
@@ -132,6 +139,6 @@ def writing(target: Path) -> Iterator[None]:
                 "Free space or write elsewhere; nothing half-written was kept.",
             ) from error
         ours = str(error.filename or "").startswith(str(target.parent))
-        if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if ours and error.errno in _REFUSALS:
             raise OutputError(f"{target}: can't be written ({error.strerror}).", "Choose a folder you own.") from error
         raise

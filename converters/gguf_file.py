@@ -86,6 +86,7 @@ _STORED = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 _DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_MAGIC = b"GGUF"
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types (`tokenizer.ggml.token_type`): special tokens, and added ones that are text."""
 
@@ -270,6 +271,10 @@ class _Reader(GGUFReader):
 
 def _open(path: Path) -> GGUFReader:
     try:
+        with path.open("rb") as file:
+            magic = file.read(len(_MAGIC))
+        if not _MAGIC.startswith(magic):
+            raise InputError(f"{path}: not a GGUF file (it begins with {magic!r}).", "Give a model in GGUF format.")
         reader = _Reader(path, "c")  # copy-on-write, so that torch accepts the arrays
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
         raise InputError(

@@ -144,7 +144,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file.", "Give a folder with a Hugging Face checkpoint.") from None
+        raise InputError(
+            f"{path}: no such file.", "Check the path; a Hugging Face checkpoint has a config.json."
+        ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}).", "Correct it, or download it again.") from error
     if not isinstance(content, dict):

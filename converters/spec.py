@@ -230,4 +230,4 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if origin is None and type(value) is hint:
         return value
-    raise InputError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}.")
+    raise InputError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}.", "Give a value of that type.")

@@ -109,7 +109,7 @@ def _strftime_now(format: str) -> str:
 
 
 def _check(messages: Sequence[Message]) -> None:
-    if isinstance(messages, str) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError("The chat has no messages.", 'Give a list such as [{"role": "user", "content": "Hello"}].')
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

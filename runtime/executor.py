@@ -59,11 +59,13 @@ class _Continuations:
     """The state of a request.
 
     Attributes:
+        ends: tokens that end them.
         open: continuations that have not ended.
         started: all of them are with the scheduler; until the first has its first token, only that one is.
     """
 
     seed: int
+    ends: frozenset[int]
     open: dict[int, Sequence]
     started: bool = False
 
@@ -73,7 +75,8 @@ class Executor:
 
     Args:
         vocab_size: prompts with other ids are refused.
-        eos_ids: tokens that end a continuation unless the request ignores them.
+        eos_ids: tokens that end a continuation unless the request ignores them; ids outside the vocabulary (a
+            tokenizer may know more tokens than its model) are left out.
         prefix_reuse: let equal prefixes share KV blocks.
     """
 
@@ -88,7 +91,7 @@ class Executor:
         self.runner = runner
         self.limits = limits
         self.vocab_size = vocab_size
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids = frozenset(token for token in eos_ids if 0 <= token < vocab_size)
         self.blocks = BlockManager(runner.layout, limits.kv_blocks, prefix_reuse)
         self.scheduler = Scheduler(self.blocks, limits.max_batch_size, limits.max_num_tokens)
         self.stats = ExecutorStats()
@@ -112,11 +115,17 @@ class Executor:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         first = Sequence(request, 0, list(request.prompt))
         siblings = [Sequence(request, index, list(request.prompt), parent=first) for index in range(1, params.n)]
-        self._requests[request.id] = _Continuations(seed, {s.index: s for s in (first, *siblings)})
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        self._requests[request.id] = _Continuations(seed, ends, {s.index: s for s in (first, *siblings)})
+        # The end of an earlier request must not be taken for this one's.
+        self._cancelled = [event for event in self._cancelled if event.request != request.id]
         self.scheduler.add(first)
 
     def cancel(self, request: str, index: int | None = None) -> None:
-        """End a request's continuations, or one of them; their events come with the next step. Unknown ids: nothing."""
+        """End a request's continuations, or one of them. Unknown ids: nothing.
+
+        Their events come with the next step, unless the id is used again before.
+        """
         state = self._requests.get(request)
         for sequence in list(state.open.values()) if state else []:
             if index in (None, sequence.index):
@@ -159,14 +168,9 @@ class Executor:
             )
 
     def _row(self, sequence: Sequence) -> Row:
-        params = sequence.request.params
-        ends = self._ends(sequence) if sequence.output_length < params.min_tokens else frozenset()
-        seed = self._requests[sequence.request.id].seed
-        return Row(params, sequence.request.prompt, sequence.output, seed, sequence.index, ends)
-
-    def _ends(self, sequence: Sequence) -> frozenset[int]:
-        params = sequence.request.params
-        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        params, state = sequence.request.params, self._requests[sequence.request.id]
+        forbidden = state.ends if sequence.output_length < params.min_tokens else frozenset()
+        return Row(params, sequence.tokens, sequence.prompt_length, state.seed, sequence.index, forbidden)
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> list[TokenEvent]:
         """Append the chosen token; end the sequence where it ends."""
@@ -177,7 +181,7 @@ class Executor:
         sequence.tokens.append(sampled.token)
         if not state.started:
             self._start_siblings(state)
-        finish = self._finish(sequence, sampled.token)
+        finish = self._finish(sequence, sampled.token in state.ends)
         if finish is not None:
             self._end(sequence)
         return [TokenEvent(request.id, sequence.index, sampled.token, sampled.logprob, sampled.top_logprobs, finish)]
@@ -191,13 +195,11 @@ class Executor:
         )
         return TokenEvent(request.id, sequence.index, None, finish=FinishReason.ERROR, error=error)
 
-    def _finish(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.request.params
-        if token in self._ends(sequence):
+    def _finish(self, sequence: Sequence, at_end: bool) -> FinishReason | None:
+        if at_end:
             return FinishReason.STOP
-        if sequence.output_length == params.max_tokens or len(sequence.tokens) >= self.limits.max_seq_len:
-            return FinishReason.LENGTH
-        return None
+        asked = sequence.output_length == sequence.request.params.max_tokens
+        return FinishReason.LENGTH if asked or len(sequence.tokens) >= self.limits.max_seq_len else None
 
     def _start_siblings(self, state: _Continuations) -> None:
         """Queue the other continuations: the prompt is in the KV cache now, for them to share."""

@@ -86,6 +86,10 @@ class BlockPool:
         """The block with this content, if it is still there."""
         return self._block_of.get(key)
 
+    def is_shared(self, block: int) -> bool:
+        """Whether another sequence holds a used block, or may find it."""
+        return block in self._key_of or self._references[block] > 1
+
     def check_integrity(self) -> None:
         """Assert the invariants: every block in exactly one state, index and keys in agreement."""
         states = [*self._free, *self._references, *self._cached]
@@ -126,17 +130,20 @@ class BlockManager:
         self.reuse = reuse
         self.salt = salt
 
-    def open(self, tokens: Sequence[int]) -> tuple[SequenceBlocks, int]:
+    def open(self, tokens: Sequence[int], digests: list[bytes] | None = None) -> tuple[SequenceBlocks, int]:
         """Blocks for a new sequence, holding the longest known prefix, and that prefix's length.
 
         The last token is always left to compute: its logits are wanted.
+
+        Args:
+            digests: what an earlier attempt with these tokens computed; extended, so that none is computed twice.
         """
-        held = SequenceBlocks([[] for _ in self.layout.groups])
+        held = SequenceBlocks([[] for _ in self.layout.groups], digests=[] if digests is None else digests)
         if not self.reuse:
             return held, 0
         full = (len(tokens) - 1) // self.layout.block_size
         self._extend_digests(held, tokens, full)
-        found = [[self.pool.find((g, key)) for key in held.digests] for g in range(len(held.tables))]
+        found = [[self.pool.find((g, key)) for key in held.digests[:full]] for g in range(len(held.tables))]
         count = self._longest_usable(found, full)
         for group, table, blocks in zip(self.layout.groups, held.tables, found, strict=True):
             first = self._first_needed(group, count * self.layout.block_size)
@@ -188,22 +195,33 @@ class BlockManager:
                     self.pool.publish(table[index], (g, held.digests[index]))
         held.published = full
 
-    def truncate(self, held: SequenceBlocks, length: int) -> None:
-        """Keep the blocks of the first `length` tokens, give the rest back."""
+    def truncate(self, held: SequenceBlocks, length: int) -> int:
+        """Keep the first `length` tokens, give the blocks of the rest back; returns how many tokens are still held.
+
+        A block kept in part will be written again. One that others hold or may find must not be: it is given back too.
+        """
+        full = length // self.layout.block_size
         keep = self._count(length)
+        if keep > full and any(self.pool.is_shared(table[full]) for table in held.tables):
+            keep, length = full, full * self.layout.block_size
+        self._cut(held, keep)
+        held.published = min(held.published, full)
+        del held.digests[full:]
+        return length
+
+    def close(self, held: SequenceBlocks) -> None:
+        """Give all blocks back. The digests stay: they hold for the tokens, wherever these are computed."""
+        self._cut(held, 0)
+        held.published = 0
+
+    def _cut(self, held: SequenceBlocks, keep: int) -> None:
+        """Give back all but the first `keep` blocks of every table."""
         for table in held.tables:
             # Last first: the longer prefix is evicted before the shorter one it builds on.
             for block in reversed(table[keep:]):
                 if block:
                     self.pool.give_back(block)
             del table[keep:]
-        full = length // self.layout.block_size
-        held.published = min(held.published, full)
-        del held.digests[full:]
-
-    def close(self, held: SequenceBlocks) -> None:
-        """Give all blocks back."""
-        self.truncate(held, 0)
 
     def _count(self, length: int) -> int:
         return -(-length // self.layout.block_size)

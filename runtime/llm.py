@@ -8,6 +8,7 @@ for completion in llm.generate(["The capital of France is"], SamplingParams(temp
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -127,6 +128,7 @@ class LLM:
             prefix_reuse,
         )
         self._ids = count()
+        self._arrivals: dict[tuple[str, int], deque[TokenEvent]] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -169,6 +171,10 @@ class LLM:
         Returns:
             `n` completions for each prompt, in the order of the prompts. A prompt that can't be served has completions
             with an `error`; the others are not touched.
+
+        Raises:
+            InputError: text or stop strings, and the engine has no tokenizer.
+            RequestError: a text is not valid Unicode, or there are not as many `params` as prompts.
         """
         many = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(many)
@@ -195,9 +201,13 @@ class LLM:
         return list(found.values())
 
     def stream(self, requests: Iterable[Request]) -> Generator[Chunk, None, None]:
-        """Run requests together; yields chunks of all of them as they come. Closing the iterator cancels the rest."""
+        """Run requests together; yields chunks of all of them as they come. Closing the iterator cancels the rest.
+
+        Several streams may be open at once: a step that one of them takes serves all.
+        """
         started = time.perf_counter()
         streams: dict[tuple[str, int], _Continuation] = {}
+        arrived: deque[TokenEvent] = deque()
         try:
             for request in requests:
                 try:
@@ -209,20 +219,31 @@ class LLM:
                     continue
                 for index in range(request.params.n):
                     streams[request.id, index] = _Continuation(request.params, self._tokenizer)
+                    self._arrivals[request.id, index] = arrived
             while streams:
-                for event in self.executor.step():
-                    state = streams.get((event.request, event.index))
-                    if state is None:
-                        continue  # ended by a stop string
-                    text, finish = state.take(event)
-                    if finish is not None:
-                        del streams[event.request, event.index]
-                        if event.finish is None:
-                            self.executor.cancel(event.request, event.index)
-                    yield Chunk(event.request, event.index, text, event, finish, time.perf_counter() - started)
+                if not arrived:
+                    self._step()
+                    continue
+                event = arrived.popleft()
+                key = event.request, event.index
+                if key not in streams:
+                    continue  # ended by a stop string
+                text, finish = streams[key].take(event)
+                if finish is not None:
+                    del streams[key], self._arrivals[key]
+                    if event.finish is None:
+                        self.executor.cancel(*key)
+                yield Chunk(*key, text, event, finish, time.perf_counter() - started)
         finally:
-            for request_id, index in streams:
-                self.executor.cancel(request_id, index)
+            for key in streams:
+                del self._arrivals[key]
+                self.executor.cancel(*key)
+
+    def _step(self) -> None:
+        """Take a step, and hand each event to the stream that waits for it."""
+        for event in self.executor.step():
+            if (arrived := self._arrivals.get((event.request, event.index))) is not None:
+                arrived.append(event)
 
 
 class _Continuation:

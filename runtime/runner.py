@@ -9,7 +9,7 @@ import torch
 
 from trtx.builder.engine import Engine
 from trtx.builder.gpus import available_memory, find
-from trtx.converters.errors import DoesNotFitError, MismatchError
+from trtx.converters.errors import DoesNotFitError, InputError, MismatchError
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
@@ -44,6 +44,7 @@ class TorchRunner:
         notes: what differs from what the engine was built for, and how to mend it; nothing that keeps it from running.
 
     Raises:
+        InputError: `device` is none.
         MismatchError: the engine was built for a device that is not here.
         DoesNotFitError: the device has less memory free than the engine's ledger asks for.
     """
@@ -52,7 +53,7 @@ class TorchRunner:
         self, engine: Engine, device: str | None = None, advance: Callable[[int], None] = lambda count: None
     ) -> None:
         config, limits = engine.config, engine.config.limits
-        self.device = _device(engine, device)
+        self.device = device_of(engine, device)
         self.notes = differences(engine, self.device)
         _require_memory(engine, self.device)
         dtype = DTYPES[config.compute_dtype]
@@ -72,9 +73,21 @@ class TorchRunner:
         return sample(logits.float(), rows) if rows else []
 
 
-def _device(engine: Engine, asked: str | None) -> torch.device:
+def device_of(engine: Engine, asked: str | None) -> torch.device:
+    """The device that an engine runs on: the one asked for, or what it was built for.
+
+    Raises:
+        InputError: no such device.
+        MismatchError: the engine was built for another kind of device, or for one that is not here.
+    """
     built_for = engine.config.fingerprint.device
-    device = torch.device(asked or built_for)
+    device: torch.device | None
+    try:
+        device = torch.device(asked or built_for)
+    except RuntimeError:  # torch's own text lists two dozen kinds
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"{asked!r} is no device that engines run on.", "Give cpu, cuda or cuda:N.")
     if device.type != built_for:
         raise MismatchError(
             f"{engine.path}: built for {built_for}, and {device.type} was asked for.",
@@ -84,6 +97,10 @@ def _device(engine: Engine, asked: str | None) -> torch.device:
         raise MismatchError(
             f"{engine.path}: built for {engine.config.fingerprint.gpu}, and torch sees no CUDA GPU here.",
             "Run it on a machine with a GPU, or build again with --gpu cpu.",
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"There is no {device} here; torch sees {torch.cuda.device_count()} GPUs.", "Give a smaller number."
         )
     return device
 

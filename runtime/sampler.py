@@ -17,23 +17,38 @@ from torch import Tensor
 from trtx.runtime.request import Logprob
 from trtx.runtime.sampling import SamplingParams
 
+_COLDEST = 1e-30
+"""A lower temperature takes the likeliest token just as well, and logits divided by it would overflow fp32."""
+
 
 @dataclass(frozen=True)
 class Row:
     """What the sampler needs to know of the sequence behind one row of logits.
 
     Attributes:
+        tokens: prompt and output so far; the sequence's own list, so valid until a token is appended.
+        prompt_length: how many of them are the prompt.
         seed: of the request.
         index: of the continuation.
         forbidden: tokens that may not be chosen (ends of sequence before `min_tokens`).
     """
 
     params: SamplingParams
-    prompt: Sequence[int]
-    output: Sequence[int]
+    tokens: Sequence[int]
+    prompt_length: int
     seed: int
     index: int
     forbidden: frozenset[int] = frozenset()
+
+    @property
+    def output(self) -> Sequence[int]:
+        """The tokens generated so far."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def position(self) -> int:
+        """Of the token to choose, in the output."""
+        return len(self.tokens) - self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -79,10 +94,10 @@ def _adjust(logits: Tensor, row: Row) -> None:
     """Penalties and forbidden tokens, in place, for one row [V]."""
     params = row.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*row.prompt, *row.output}), device=logits.device)
+        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
         values, penalty = logits[seen], params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if row.output and (params.presence_penalty or params.frequency_penalty):
+    if row.position and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(row.output)
         ids = torch.tensor(list(counts), device=logits.device)
         times = torch.tensor(list(counts.values()), device=logits.device)
@@ -94,44 +109,44 @@ def _adjust(logits: Tensor, row: Row) -> None:
 def _choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     tokens = logits.argmax(-1).tolist()
     drawn = [position for position, row in enumerate(rows) if not row.params.greedy]
-    ordered = [p for p in drawn if rows[p].params.top_k or rows[p].params.top_p < 1]
-    plain = [p for p in drawn if p not in set(ordered)]
-    for positions, draw in ((ordered, _draw_ordered), (plain, _draw_plain)):
-        if positions:
-            chosen = draw(logits[positions], [rows[p] for p in positions])
-            for position, token in zip(positions, chosen.tolist(), strict=True):
-                tokens[position] = token
+    if drawn:
+        chosen = _draw(logits[drawn], [rows[position] for position in drawn])
+        for position, token in zip(drawn, chosen.tolist(), strict=True):
+            tokens[position] = token
     return tokens
 
 
-def _draw_ordered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Draw with top-k and top-p (and min-p): cut the probabilities in falling order, invert their running sum."""
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Draw a token a row, [R], from what temperature, min-p, top-k and top-p leave. Overwrites `logits`."""
+    scaled = logits.div_(_column(logits, [max(row.params.temperature, _COLDEST) for row in rows]))
+    scaled -= scaled.amax(-1, keepdim=True)
+    least = _column(logits, [row.params.min_p for row in rows]).log()
+    ordered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1]
+    if ordered:
+        least[ordered] = least[ordered].maximum(_least_likely(scaled[ordered], [rows[i] for i in ordered]))
+    cut = scaled < least
+    return _invert(scaled.exp_().masked_fill_(cut, 0), rows).squeeze(-1)
+
+
+def _least_likely(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The smallest logit that top-k and top-p leave, [R, 1]; `logits` are relative to their row's largest.
+
+    A value and not a set of tokens: in which order equal logits are found depends on how many the batch asks for.
+    """
     vocabulary = logits.shape[-1]
     limits = [min(row.params.top_k, vocabulary) or vocabulary for row in rows]
-    values, ids = torch.topk(logits / _column(logits, [r.params.temperature for r in rows]), max(limits))
-    ranks = torch.arange(values.shape[-1], device=logits.device)
-    values = values.masked_fill(ranks >= _column(logits, limits), float("-inf"))
-    probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    cut = before >= _column(logits, [r.params.top_p for r in rows])
-    cut |= probabilities < _column(logits, [r.params.min_p for r in rows]) * probabilities[:, :1]
-    cut[:, 0] = False
-    picked = _invert(probabilities.masked_fill(cut, 0), rows)
-    return ids.gather(-1, picked).squeeze(-1)
-
-
-def _draw_plain(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Draw from the whole vocabulary (with min-p): no order needed."""
-    probabilities = (logits / _column(logits, [r.params.temperature for r in rows])).softmax(-1)
-    largest = probabilities.amax(-1, keepdim=True)
-    cut = probabilities < _column(logits, [r.params.min_p for r in rows]) * largest
-    return _invert(probabilities.masked_fill_(cut, 0), rows).squeeze(-1)
+    values = torch.topk(logits, max(limits)).values
+    beyond = torch.arange(values.shape[-1], device=logits.device) >= _column(logits, limits)
+    weights = values.exp().masked_fill_(beyond, 0)
+    sums = weights.cumsum(-1)
+    kept = (sums - weights < _column(logits, [row.params.top_p for row in rows]) * sums[:, -1:]) & ~beyond
+    return values.gather(-1, kept.sum(-1, keepdim=True).sub_(1).clamp_(min=0))
 
 
 def _invert(weights: Tensor, rows: Sequence[Row]) -> Tensor:
     """The index at which the running sum of `weights` [R, N] passes each row's random share of the total → [R, 1]."""
-    sums = weights.double().cumsum(-1)
-    draws = [uniform(row.seed, row.index, len(row.output)) for row in rows]
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    draws = [uniform(row.seed, row.index, row.position) for row in rows]
     targets = _column(sums, draws) * sums[:, -1:]
     return torch.searchsorted(sums, targets, right=True).clamp_(max=weights.shape[-1] - 1)
 

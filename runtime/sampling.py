@@ -64,7 +64,7 @@ class SamplingParams:
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             "n": (self.n >= 1, "at least 1"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
-            "stop": (all(self.stop), "non-empty strings"),
+            "stop": (all(self.stop), "without empty strings"),
         }
         for name, (holds, range_) in rules.items():
             if not holds:
@@ -74,8 +74,3 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
         return self.temperature == 0
-
-    @property
-    def penalized(self) -> bool:
-        """Whether tokens seen before change the logits."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -26,6 +26,7 @@ class Sequence:
         tokens: prompt and output so far.
         computed: how many of them are in the KV cache.
         blocks: held while it runs.
+        digests: keys of its full blocks, kept for the next attempt while it waits.
         parent: the sequence whose prompt it shares, while that one may still hold it.
     """
 
@@ -34,16 +35,12 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     blocks: SequenceBlocks | None = None
+    digests: list[bytes] = field(default_factory=list)
     parent: Sequence | None = None
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt)
-
-    @property
-    def output(self) -> list[int]:
-        """The tokens generated so far."""
-        return self.tokens[self.prompt_length :]
 
     @property
     def output_length(self) -> int:
@@ -186,4 +183,4 @@ class Scheduler:
         if parent is not None and parent.blocks is not None:
             shared = min(parent.computed, sequence.prompt_length - 1)
             return self.manager.fork(parent.blocks, shared)
-        return self.manager.open(sequence.tokens)
+        return self.manager.open(sequence.tokens, sequence.digests)

@@ -25,6 +25,7 @@ from trtx.runtime.bench.trace import Trace
 from trtx.runtime.bench.workload import RandomPrompts, check_fits, read_dataset, warmup_requests
 from trtx.runtime.llm import LLM
 from trtx.runtime.request import Request
+from trtx.runtime.runner import device_of
 
 Progress = Callable[[str, int | None, str], AbstractContextManager[Callable[[int], None]]]
 """(what is going on, units, their name) → a context that gives `advance(n)`; `trtx.cli.common.progress` is one."""
@@ -122,7 +123,7 @@ def run_benchmark(
         TrtxError: the engine can't be loaded, or the workload not be made.
     """
     opened = Engine(engine)
-    where = torch.device(device or opened.config.fingerprint.device)
+    where = device_of(opened, device)
     with progress("Loading", opened.config.ledger.get("weights"), "B") as advance:
         llm = LLM(engine, device=device, prefix_reuse=settings.prefix_reuse, advance=advance)
     ceiling = roofline.ceiling(opened.config, where)

@@ -71,6 +71,11 @@ class TorchKVCache:
         self.keys = torch.zeros(shape, dtype=stored, device=device)
         self.values = torch.zeros(shape, dtype=stored, device=device)
 
+    def clear(self, blocks: Tensor) -> None:
+        """Zero `blocks` [N] of every layer."""
+        self.keys.index_fill_(1, blocks, 0)
+        self.values.index_fill_(1, blocks, 0)
+
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [T, kv_heads, head_dim] at `positions` [T] (block * block_size + offset)."""
         _, slot = self.layout.places[layer]
@@ -197,6 +202,16 @@ class TorchOps(Ops):
         assert all(len(piece.tokens) == 1 for piece in batch[:decodes]), "decodes come first"
         ends = list(accumulate(len(piece.tokens) for piece in batch))
         rows = [row for piece, end in zip(batch, ends, strict=True) for row in range(end - piece.logits, end)]
+        # What is left of an earlier sequence may not be finite, and a mask does not keep that out (0 * NaN is NaN).
+        # Only the last block of a slice is not written whole.
+        entered = [
+            table[piece.end // size]
+            for piece in batch
+            for table in piece.tables
+            if piece.end % size and piece.start <= piece.end // size * size
+        ]
+        if entered:
+            cache.clear(self._ids(entered))
         writes, buckets = [], []
         for index, group in enumerate(cache.layout.groups):
             places = [

@@ -18,7 +18,7 @@ from trtx.runtime.sampling import SamplingParams
 pytestmark = pytest.mark.gpu
 
 LAYERS = 3
-ROW = Row(SamplingParams(temperature=1.0, top_p=0.9, logprobs=5), prompt=[1], output=[2], seed=1, index=0)
+ROW = Row(SamplingParams(temperature=1.0, top_p=0.9, logprobs=5), tokens=[1, 2], prompt_length=1, seed=1, index=0)
 
 
 def random_store(model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,11 +55,23 @@ except SystemExit:
     assert done.stderr.strip() == "[]"
 
 
+def test_the_python_api_is_loaded_when_it_is_used():
+    program = """
+import sys, trtx
+assert "torch" not in sys.modules
+from trtx import LLM, SamplingParams
+print(LLM.__module__, SamplingParams.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "trtx.runtime.llm trtx.runtime.sampling\n"
+
+
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help_reads_well_at_80_columns(command):
     shown = runner.invoke(app, [*command, "--help"])
     assert shown.exit_code == 0
     assert max(len(line) for line in shown.output.splitlines()) <= 80
+    assert not re.search(r"<[^|>]*>|\{", shown.output), "a Python type, or typer's braces, instead of a name"
 
 
 def test_the_list_of_commands_is_not_cut():

@@ -40,6 +40,7 @@ def test_json(config, tmp_path):
     result = json.loads(done.stdout)
     assert result["ledger"] == Engine(tmp_path / "engine").config.ledger
     assert result["limits"]["max_batch_size"] == 8
+    assert result["random_weights"] is True
 
 
 def test_plan_only_shows_every_split_and_writes_nothing(config, tmp_path):
@@ -72,6 +73,7 @@ def test_does_not_fit(config, tmp_path):
         (["--gpu", "cpu"], ExitCode.USAGE, "--plan-only"),
         (["OUT", "--kv-cache-memory", "many"], ExitCode.USAGE, "not a size"),
         (["OUT", "--tp", "0"], ExitCode.USAGE, "--tp"),
+        (["OUT", "--dtype", "fp8"], ExitCode.USAGE, "bf16"),
         (["OUT", "--gpu", "voodoo2"], ExitCode.UNSUPPORTED, "h100-sxm"),
         (["OUT", "--kv-block-size", "20"], ExitCode.INPUT, "8, 16, 32, 64, 128"),
     ],

@@ -180,7 +180,7 @@ def test_missing_source(ran, tmp_path):
 def test_list_and_nothing(ran):
     listed = runner.invoke(app, ["make", "--list"])
     assert all(name in listed.stdout for name in recipes.shipped())
-    assert runner.invoke(app, ["make"]).exit_code == ExitCode.INPUT
+    assert runner.invoke(app, ["make"]).exit_code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize("name", recipes.shipped())

@@ -1,6 +1,7 @@
 """`trtx quantize` from the shell: results, exit codes, and what goes where."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from tests.quantize import models
 from trtx.cli.app import app
 from trtx.converters.errors import ExitCode
+from trtx.quantize.pipeline import MAX_PPL_INCREASE
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,9 @@ def test_nothing_but_the_result_is_printed(checkpoint, texts, tmp_path):
     assert finished.returncode in (ExitCode.OK, ExitCode.QUALITY)
     assert json.loads(finished.stdout)["quantization"]["format"] == "int8_sq"
     assert all(line.startswith(("error:", "remedy:")) for line in finished.stderr.splitlines())
+
+
+def test_help_tells_the_gates():
+    shown = trtx("--help").stdout
+    for format, gate in MAX_PPL_INCREASE.items():
+        assert re.search(rf"^ +{format} .*\+{gate:g}%$", shown, re.MULTILINE), format

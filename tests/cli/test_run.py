@@ -152,6 +152,7 @@ class TestPrompts:
             (("a", "--input", "x.jsonl"), "prompts are given twice"),
             (("a", "--system", "b"), "give --chat too"),
             (("a", "--logprobs", "1"), "printed with --json only"),
+            (("a", "--device", "gpu"), "'gpu' is no device"),
             (("a", "--top-p", "1.5"), "top_p is 1.5"),
             (("a", "--min-tokens", "5", "--max-tokens", "3"), "min_tokens is 5"),
         ],
@@ -346,6 +347,7 @@ class TestWithoutTokenizer:
         (record,) = records(result)
         assert len(record["token_ids"]) == 3
         assert record["text"] == ""
+        assert "random weights" in result.stderr
 
     @pytest.mark.parametrize("line", [{"prompt": "a"}, {"input_ids": [1], "stop": "x"}])
     def test_text_is_refused(self, bare_engine, line):

@@ -42,13 +42,14 @@ def test_a_finished_directory_is_complete(tmp_path: Path) -> None:
     assert names(tmp_path / "new/out") == ["data.bin", MANIFEST]
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     with (
-        pytest.raises(ZeroDivisionError),
+        pytest.raises(error),
         create(tmp_path / "out", kind="checkpoint", command="convert", settings={}) as draft,
     ):
         (draft.path / "data.bin").write_text("half")
-        raise ZeroDivisionError
+        raise error
     assert names(tmp_path) == []
 
 
@@ -101,6 +102,15 @@ def test_force_replaces_trtx_directories_only(tmp_path: Path, kind: str) -> None
     with pytest.raises(OutputError, match="not a trtx directory"):
         make(target, force=True)
     assert names(tmp_path) == before
+
+
+def test_force_replaces_what_a_link_points_to(tmp_path: Path) -> None:
+    make(tmp_path / "version-1", "old")
+    (tmp_path / "current").symlink_to("version-1")
+    make(tmp_path / "current", "new", force=True)
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "version-1/data.bin").read_text() == "new"
+    assert names(tmp_path) == ["current", "version-1"]
 
 
 def test_force_may_fill_an_empty_folder(tmp_path: Path) -> None:
@@ -173,6 +183,14 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path, monk
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match="can't be written"):
         make(tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_file_where_a_folder_is_needed_is_an_output_error(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="can't be written"):
+        make(tmp_path / "file" / inside / "out")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -332,6 +332,12 @@ def test_what_is_not_modelled_is_an_error(
     assert "model.gguf" in caught.value.cause
 
 
+def test_another_file_with_that_suffix(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match="not a GGUF file"):
+        check(str(tmp_path / "model.gguf"))
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.05, 0.5, 0.99])
 def test_truncated_file(keep: float, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"

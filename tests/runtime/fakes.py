@@ -53,7 +53,7 @@ class FakeRunner:
             first = 0 if group.window is None else max(0, piece.end - group.window)
             places = [self._place(piece.tables[index], position) for position in range(first, piece.end)]
             seen.append([self.cache[index][place] for place in places])
-        if tuple(row.prompt) in self.poison:
+        if tuple(row.tokens[: row.prompt_length]) in self.poison:
             return None
         return expected_token(seen, row.index)
 

@@ -110,6 +110,20 @@ def test_paged_steps_equal_whole_sequences(block_size, tmp_path):
             assert relative_error(logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-some-windows"])
+def test_what_an_earlier_request_left_in_the_cache_does_no_harm(name, tmp_path):
+    """A request whose keys overflowed fails alone: its blocks, given back, hold what is not finite."""
+    model = random_model(name)
+    llm = LLM(engine_of(checkpoint_of(model, tmp_path), tmp_path / "engine", max_num_tokens=24))
+    with torch.inference_mode():
+        for cache in (llm.executor.runner.cache.keys, llm.executor.runner.cache.values):
+            cache[:, 1:] = float("nan")
+    prompts = [[7] * length for length in (1, 16, 17, 50)]
+    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
+        assert completion.error is None
+        assert_greedy(model, prompt, completion.token_ids)
+
+
 @pytest.mark.parametrize("word", ["linears", "add_norm", "gated_mlp"])
 def test_fused_words_equal_their_expansions(word, tmp_path):
     """An op set's fused word means what the vocabulary's default expansion says."""

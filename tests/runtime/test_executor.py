@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 
-from tests.runtime.fakes import VOCAB, make_executor, reference
+from tests.runtime.fakes import VOCAB, FakeRunner, make_executor, reference
 from trtx.converters.errors import RequestError
 from trtx.runtime.executor import Executor
 from trtx.runtime.request import FinishReason, Request, TokenEvent
@@ -140,6 +140,23 @@ def test_end_tokens_and_limits():
     assert tokens(events["eos", 0]) == alone[:3] and events["eos", 0][-1].finish is FinishReason.STOP
     assert tokens(events["ignored", 0]) == alone and events["ignored", 0][-1].finish is FinishReason.LENGTH
     assert tokens(events["stop-id", 0]) == alone[:2] and events["stop-id", 0][-1].finish is FinishReason.STOP
+
+
+def test_end_tokens_outside_the_vocabulary_are_left_out():
+    limits = make_executor().limits
+    executor = Executor(FakeRunner(limits), limits, VOCAB, eos_ids={3, -1, VOCAB})
+    assert executor.eos_ids == {3}, "the sampler indexes logits with them"
+
+
+def test_end_of_an_earlier_request_is_not_taken_for_that_of_a_new_one_of_its_id():
+    executor = make_executor()
+    executor.add(request("r", [1, 2], max_tokens=50))
+    executor.step()
+    executor.cancel("r")
+    executor.add(request("r", [3, 4], max_tokens=5))
+    events = drain(executor)["r", 0]
+    assert tokens(events) == reference([3, 4], 5, [None])
+    assert [event.finish for event in events] == [None] * 4 + [FinishReason.LENGTH]
 
 
 def test_output_ends_at_the_engine_s_length():

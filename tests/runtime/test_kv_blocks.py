@@ -64,7 +64,7 @@ def test_invariants_hold_through_random_steps(windows, size, reuse):
                 running.pop(index)
             elif action == "truncate" and windows == FULL:
                 length = rng.randrange(computed + 1)
-                blocks.truncate(held, length)
+                length = blocks.truncate(held, length)
                 running[index] = (held, tokens[: max(1, length)], length)
             elif action == "fork" and len(running) < 8:
                 child, known = blocks.fork(held, rng.randrange(computed + 1))
@@ -143,6 +143,32 @@ def test_fork_shares_full_blocks_only():
     blocks.close(parent)
     blocks.pool.check_integrity()
     assert blocks.pool.used == 3
+
+
+def test_truncated_block_that_others_may_find_is_not_written_again():
+    blocks = manager()
+    held = fill(blocks, list(range(16)))
+    assert blocks.truncate(held, 12) == 8 and len(held.tables[0]) == 1
+    other, known = blocks.open([*range(16), 99])
+    assert known == 16, "the block is still found, with its content"
+    assert blocks.reserve(held, 8, 16) and held.tables[0][1] != other.tables[0][1]
+
+
+def test_truncated_block_of_its_own_is_kept():
+    blocks = manager(reuse=False)
+    held = fill(blocks, list(range(16)))
+    before = list(held.tables[0])
+    assert blocks.truncate(held, 12) == 12 and held.tables[0] == before
+
+
+def test_keys_are_computed_once_however_often_a_sequence_is_opened(monkeypatch):
+    blocks = manager()
+    digests: list[bytes] = []
+    first, _ = blocks.open(list(range(32)), digests)
+    blocks.close(first)
+    assert len(digests) == 3
+    monkeypatch.setattr("trtx.runtime.kv_blocks.blake2b", lambda *arguments, **options: pytest.fail("hashed again"))
+    blocks.open(list(range(32)), digests)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.runtime.models import checkpoint_of, engine_of, random_model
 from trtx.builder.engine import Engine
 from trtx.cli.app import app
-from trtx.converters.errors import DoesNotFitError, ExitCode, MismatchError
+from trtx.converters.errors import DoesNotFitError, ExitCode, InputError, MismatchError
 from trtx.runtime import runner
 from trtx.runtime.llm import LLM
 
@@ -36,6 +36,21 @@ def test_engine_of_the_cpu_asked_for_on_a_gpu(checkpoint, tmp_path):
     with pytest.raises(MismatchError, match="built for cpu, and cuda was asked for") as caught:
         LLM(engine_of(checkpoint, tmp_path / "engine"), device="cuda")
     assert "--gpu auto" in caught.value.remedy
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
+def test_what_is_no_device(checkpoint, tmp_path, device):
+    engine = engine_of(checkpoint, tmp_path / "engine")
+    with pytest.raises(InputError, match=f"'{device}' is no device"):
+        LLM(engine, device=device)
+
+
+def test_gpu_with_too_large_a_number(checkpoint, tmp_path, monkeypatch):
+    engine = engine_of(checkpoint, tmp_path / "engine", gpu="h100-sxm")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="no cuda:7 here"):
+        LLM(engine, device="cuda:7")
 
 
 @pytest.mark.parametrize(("name", "count"), [("NVIDIA H100 80GB HBM3", 0), ("NVIDIA L4", 1), ("NVIDIA Unheard-of", 1)])

@@ -16,7 +16,7 @@ VOCAB = 50
 
 
 def row(params: SamplingParams, prompt=(1, 2), output=(), seed=0, index=0, forbidden=()) -> Row:
-    return Row(params, list(prompt), list(output), seed, index, frozenset(forbidden))
+    return Row(params, [*prompt, *output], len(prompt), seed, index, frozenset(forbidden))
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -107,6 +107,26 @@ def test_a_draw_depends_on_its_own_row_only(params):
         rows = [row(SamplingParams(**p), seed=1000 + seed) for p in mixed]
         rows.insert(3, mine)
         assert sample(logits.clone(), rows)[3].token == alone
+
+
+@pytest.mark.parametrize("params", [{"top_p": 0.8}, {"top_k": 9}, {"top_k": 30, "min_p": 0.02}], ids=str)
+def test_equal_logits_do_not_make_a_draw_depend_on_the_batch(params):
+    """bf16 logits are full of ties, and how `topk` orders them depends on how many the batch asks for."""
+    logits = (torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)) * 2).bfloat16().float()
+    for seed in range(20):
+        mine = row(SamplingParams(**params), seed=seed)
+        alone = sample(logits[:1].clone(), [mine])[0].token
+        for other in ({"top_k": 60}, {"top_p": 0.95}, {}):
+            assert sample(logits.clone(), [mine, row(SamplingParams(**other))])[0].token == alone
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-39, 1e-60])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5}, {"top_p": 0.5}], ids=str)
+def test_a_temperature_near_zero_is_greedy(temperature, cut):
+    logits = random_logits(5)
+    expected = logits.argmax(-1).tolist()
+    rows = [row(SamplingParams(temperature=temperature, **cut), seed=seed) for seed in range(5)]
+    assert [s.token for s in sample(logits, rows)] == expected
 
 
 def test_positions_and_continuations_draw_apart():

@@ -250,7 +250,7 @@ class TestChat:
         with pytest.raises(RequestError, match="chat template refuses"):
             ours.Tokenizer.load(variant(byte_level, tmp_path, chat_template=template)).chat(QUESTION)
 
-    @pytest.mark.parametrize("messages", [[], "Hello", ["Hello"], [{"content": "Hello"}]])
+    @pytest.mark.parametrize("messages", [[], 3, "Hello", {"role": "user"}, ["Hello"], [{"content": "Hello"}]])
     def test_malformed_messages(self, byte_fallback, messages):
         with pytest.raises(RequestError, match=r"no messages|no role"):
             ours.Tokenizer.load(byte_fallback).chat(messages)
