@@ -55,7 +55,7 @@ def test_greedy_takes_the_largest():
             [hf.TemperatureLogitsWarper(1.5), hf.TopKLogitsWarper(20), hf.TopPLogitsWarper(0.9)],
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_distribution_equals_transformers(params, warpers):
     """The drawn frequencies fit transformers' probabilities (chi-squared), and nothing outside its support is drawn."""
