@@ -163,6 +163,10 @@ def quantize(
     config = source.config.with_quantization(quantization)
     device = _device(settings.device)
     calibration, evaluation = _corpora(source, settings)
+    # Seconds to import, so after the checks. And not where the model is: ModelOpt keeps tracebacks of optional imports
+    # that failed, and they keep the importing function's variables alive.
+    import trtx.quantize.modelopt  # noqa: F401
+
     with create(
         out,
         kind="checkpoint",
@@ -254,7 +258,7 @@ def _write_tensors(
     progress: Progress,
 ) -> None:
     """Calibrate a model of `source` and write its tensors. The model is gone when this returns."""
-    from trtx.quantize.modelopt import Packer, calibrate, passes  # seconds to import: after all checks
+    from trtx.quantize.modelopt import Packer, calibrate, passes
 
     quantization = config.quantization
     watched = [module.name for module in quantized_linears(config.spec, quantization)]
@@ -286,14 +290,15 @@ def _corpora(source: Checkpoint, settings: QuantizeSettings) -> tuple[Corpus, Co
     calibration = settings.calib_samples, min(settings.calib_length, limit)
     evaluation = settings.eval_samples, min(settings.eval_length, limit)
     files = settings.calib_data, settings.eval_data
-    if not (source.path / "tokenizer.json").is_file() and files == (None, None):
-        if not _is_random(source):
+    if not (source.path / "tokenizer.json").is_file():
+        if _is_random(source) and files == (None, None):
+            vocab = source.spec.vocab_size
+            return random_corpus(vocab, *calibration, seed=0), random_corpus(vocab, *evaluation, seed=1)
+        if None in files:
             raise InputError(
                 f"{source.path}: has no tokenizer.json, so the texts that come with trtx can't be used.",
                 'Give --calib-data and --eval-data as JSONL with "input_ids".',
             )
-        vocab = source.spec.vocab_size
-        return random_corpus(vocab, *calibration, seed=0), random_corpus(vocab, *evaluation, seed=1)
     calib_data, eval_data = settings.calib_data or CALIBRATION, settings.eval_data or EVALUATION
     corpora = read_corpus(calib_data, source, *calibration), read_corpus(eval_data, source, *evaluation)
     if same_content(calib_data, eval_data):

@@ -152,9 +152,11 @@ def test_the_gates_text_is_never_the_calibration_text(checkpoint, tmp_path):
         quantize(checkpoint, tmp_path / "out", models.settings(tmp_path, "fp8", eval_data=copy))
 
 
-def test_a_model_without_a_tokenizer_needs_token_ids(checkpoint, tmp_path):
+@pytest.mark.parametrize("missing", [("calib_data", "eval_data"), ("calib_data",), ("eval_data",)])
+def test_a_model_without_a_tokenizer_needs_token_ids(missing, checkpoint, tmp_path):
+    settings = models.settings(tmp_path, "fp8", **dict.fromkeys(missing))
     with pytest.raises(InputError, match=r"has no tokenizer.json") as raised:
-        quantize(checkpoint, tmp_path / "out", QuantizeSettings("fp8"))
+        quantize(checkpoint, tmp_path / "out", settings)
     assert "input_ids" in raised.value.remedy
 
 
