@@ -8,7 +8,7 @@ T tokens of a step, B sequences, S tokens of the longest one, e bytes of the com
 - queries, keys and values before and after rotation, and the attention's output;
 - then the MLP's gate, up, activation and product, or the logits and the sampler's copies of them.
 
-`tests/builder/test_ledger_gpu.py` holds this against CUDA's allocator. What the allocator wastes between blocks is left
+`tests/gpu/test_ledger.py` holds this against CUDA's allocator. What the allocator wastes between blocks is left
 to the reserve.
 """
 

@@ -79,14 +79,14 @@ class Manifest:
             raise InputError(f"{directory}: {_what_it_is(directory)}", _what_to_do(directory, kind))
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("format", MANIFEST_FORMAT) != MANIFEST_FORMAT:
+                raise InputError(
+                    f"{path}: manifest format {content['format']}; this trtx ({__version__}) reads {MANIFEST_FORMAT}.",
+                    "Make the directory again with this version.",
+                )
             manifest = cls(**content)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a trtx manifest ({error}).", "Make the directory again.") from error
-        if manifest.format != MANIFEST_FORMAT:
-            raise InputError(
-                f"{path}: manifest format {manifest.format}; this trtx ({__version__}) reads {MANIFEST_FORMAT}.",
-                "Make the directory again with this version.",
-            )
         if kind is not None and manifest.kind != kind:
             step = {"checkpoint": "trtx convert", "engine": "trtx build"}[kind]
             raise InputError(

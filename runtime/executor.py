@@ -42,7 +42,7 @@ class ExecutorStats:
     """Totals since the executor was made.
 
     Attributes:
-        reused_tokens: prompt tokens found in the KV cache.
+        reused_tokens: tokens found in the KV cache instead of being computed.
         preemptions: sequences that gave their blocks back in the middle.
     """
 

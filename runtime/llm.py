@@ -8,7 +8,7 @@ for completion in llm.generate(["The capital of France is"], SamplingParams(temp
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -145,8 +145,16 @@ class LLM:
         return self._tokenizer
 
     def default_params(self) -> SamplingParams:
-        """The model's own sampling defaults (`generation_config.json`); greedy without any."""
-        return SamplingParams(**self._tokenizer.defaults()) if self._tokenizer else SamplingParams(temperature=0)
+        """The model's own sampling defaults (`generation_config.json`); greedy without any.
+
+        Raises:
+            InputError: one of them is out of range.
+        """
+        defaults = self._tokenizer.defaults() if self._tokenizer else {"temperature": 0}
+        try:
+            return SamplingParams(**defaults)
+        except RequestError as error:
+            raise InputError(f"{self.path / 'generation_config.json'}: {error.cause}", error.remedy) from error
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> Request:
         """A request for `stream`. Text is tokenized; the model's own sampling defaults stand in for missing `params`.
@@ -190,7 +198,14 @@ class LLM:
         return self.complete([self.request(self.tokenizer.chat(messages), params)])
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Run requests to their ends; completions in the order of the requests and their continuations."""
+        """Run requests to their ends; completions in the order of the requests and their continuations.
+
+        Raises:
+            RequestError: two of them have the same id.
+        """
+        for id, times in Counter(request.id for request in requests).items():
+            if times > 1:
+                raise RequestError(f"request {id!r}: the id is given {times} times.", "Give every request its own id.")
         found = {
             (request.id, index): Completion(request.id, index, len(request.prompt))
             for request in requests

@@ -245,7 +245,7 @@ def damage_manifest_keys(out: Path) -> None:
 
 def damage_format(out: Path) -> None:
     text = (out / MANIFEST).read_text()
-    (out / MANIFEST).write_text(text.replace('"format": 1', '"format": 99'))
+    (out / MANIFEST).write_text(text.replace('"format": 1', '"format": 99, "field_of_later": 0'))
 
 
 @pytest.mark.parametrize(

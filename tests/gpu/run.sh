@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export TRTX_GPU_RESULTS=${1:-tests/gpu/results/latest.json}
 export PYTHONPATH="$PWD/.src${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
-exec "${PYTHON:-python3}" -m pytest -m gpu -p no:cacheprovider tests/gpu tests/builder/test_ledger_gpu.py "${@:2}"
+exec "${PYTHON:-python3}" -m pytest -m gpu -p no:cacheprovider tests/gpu "${@:2}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.runtime.models import checkpoint_of, engine_of, random_model
+from trtx.converters.errors import InputError, RequestError
 from trtx.runtime.llm import LLM
 from trtx.runtime.sampling import SamplingParams
 
@@ -41,3 +43,18 @@ def test_closing_a_stream_cancels_its_requests_only(engine):
     closed.close()
     assert len(list(other)) == 11
     assert llm.executor.blocks.pool.used == 0
+
+
+def test_requests_of_one_id_are_refused(engine):
+    llm = LLM(engine)
+    request = llm.request([1], GREEDY, id="a")
+    with pytest.raises(RequestError, match="'a': the id is given 2 times"):
+        llm.complete([request, request])
+    assert not llm.executor.has_work
+
+
+def test_sampling_defaults_out_of_range_name_their_file(engine, monkeypatch):
+    llm = LLM(engine)
+    monkeypatch.setattr(llm, "_tokenizer", SimpleNamespace(defaults=lambda: {"top_k": -1}))
+    with pytest.raises(InputError, match=r"generation_config\.json: top_k is -1"):
+        llm.default_params()
