@@ -60,5 +60,6 @@ def test_every_command_runs(smollm2_gguf, tmp_path):
 
 
 def test_exit_codes_are_the_documented_ones():
-    rows = re.findall(r"^\| (\d+) \| (.*) \|$", README, flags=re.MULTILINE)
+    section = README.partition("## Exit codes")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", section, flags=re.MULTILINE)
     assert rows == [(str(code.value), text) for code, text in EXIT_CODES.items()]
