@@ -60,6 +60,9 @@ class CalibrateOps(TorchOps):
             for (name, _), part, part_bias in zip(weight.parts, dense, biases, strict=True)
         )
 
+    def tie(self, table: Tensor) -> Value:
+        return (self._module("lm_head", table, None),)
+
     def _module(self, name: str, weight: Tensor, bias: Tensor | None) -> nn.Linear:
         if not _finite(weight):
             raise InputError(

@@ -108,7 +108,8 @@ class _AsStored(TorchOps):
         return weight
 
     def linear(self, x: Tensor, weight: Value) -> Tensor:
-        return super().linear(x, super().load_linear(weight))
+        stored = isinstance(weight, LinearWeight)  # a tied output projection is not
+        return super().linear(x, super().load_linear(weight) if stored else weight)
 
 
 @dataclass

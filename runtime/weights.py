@@ -13,7 +13,7 @@ from trtx.builder.engine import Engine
 from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
 from trtx.converters.random_weights import random_tensor
 from trtx.converters.spec import FUSIONS, Kind, Module
-from trtx.quantize.formats import DTYPES, FORMATS, Stored
+from trtx.quantize.formats import DTYPES, Stored
 from trtx.quantize.weight import LinearWeight, fuse
 from trtx.runtime.decoder import Decoder
 from trtx.runtime.ops.base import Ops
@@ -114,6 +114,5 @@ def load(store: WeightStore, ops: Ops, advance: Callable[[int], None] = lambda c
         weights[name] = resident if is_group else resident[0]
         advance(sum(tensor.nbytes for weight in members for tensor in weight.tensors.values()))
     if spec.tied_embeddings:
-        tied = LinearWeight("lm_head", FORMATS["none"], {"weight": weights["embed"]}, (("lm_head", spec.vocab_size),))
-        weights["lm_head"] = ops.load_linear(tied)
+        weights["lm_head"] = ops.tie(weights["embed"])
     return Decoder(spec, weights, ops)

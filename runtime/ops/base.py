@@ -37,6 +37,10 @@ class Ops(ABC):
     def load_linear(self, weight: LinearWeight) -> Value:
         """A linear's weight (or several fused), as this op set keeps it."""
 
+    @abstractmethod
+    def tie(self, table: Value) -> Value:
+        """The output projection that shares the embedding `table`, as `linear` takes it."""
+
     # Core words.
 
     @abstractmethod

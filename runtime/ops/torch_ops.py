@@ -196,6 +196,9 @@ class TorchOps(Ops):
             rows=weight.rows,
         )
 
+    def tie(self, table: Tensor) -> ResidentLinear:
+        return ResidentLinear(table, bias=None, activation=None, rows=(len(table),))
+
     # Steps.
 
     def step(self, batch: Sequence[SequenceSlice], cache: TorchKVCache) -> TorchStep:
