@@ -6,8 +6,7 @@ streams the weights into kernel layout, tensor by tensor. `build` does both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from trtx.builder.planner import Plan, Workload, pick, plan, plans
 from trtx.builder.sizing import Sizing
 from trtx.converters.artifact import create, identify
 from trtx.converters.checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointConfig
-from trtx.converters.convert import Progress
+from trtx.converters.convert import Progress, silent
 from trtx.converters.errors import InputError, UnsupportedError
 from trtx.converters.families import find_family
 from trtx.converters.random_weights import RandomSource
@@ -143,17 +142,13 @@ class Blueprint:
         )
 
 
-def _silent(total: int) -> nullcontext[Callable[[int], None]]:
-    return nullcontext(lambda count: None)
-
-
 def build(
     source: Path | str,
     out: Path,
     settings: BuildSettings | None = None,
     *,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> EngineConfig:
     """Build an engine from a checkpoint folder or from 'random:CONFIG.json'; see `prepare` and `write`."""
     blueprint = prepare(source, settings or BuildSettings())
@@ -188,7 +183,7 @@ def prepare(source: Path | str, settings: BuildSettings) -> Blueprint:
     return Blueprint(settings, backend, sizing, workload, candidates, chosen, checkpoint, random, notes)
 
 
-def write(blueprint: Blueprint, out: Path, *, force: bool = False, progress: Progress = _silent) -> list[str]:
+def write(blueprint: Blueprint, out: Path, *, force: bool = False, progress: Progress = silent) -> list[str]:
     """Write the engine's directory, whole or not at all.
 
     Args:

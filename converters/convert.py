@@ -122,7 +122,8 @@ class _Plan:
 
 
 @contextmanager
-def _silent(total: int) -> Iterator[Callable[[int], None]]:
+def silent(total: int) -> Iterator[Callable[[int], None]]:
+    """The `Progress` that shows nothing."""
     yield lambda count: None
 
 
@@ -147,7 +148,7 @@ def convert(
     force: bool = False,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Conversion:
     """Convert a model to a trtx checkpoint.
 

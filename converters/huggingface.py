@@ -15,7 +15,7 @@ from trtx.converters.artifact import Draft, identify
 from trtx.converters.checkpoint import Dtype
 from trtx.converters.errors import InputError, NetworkError, UnsupportedError
 from trtx.converters.hf_config import read_json_object
-from trtx.converters.shards import Header, Shards
+from trtx.converters.shards import Header, Headers, Shards
 from trtx.converters.tokenizer_files import TOKENIZER_SOURCES, copy_tokenizer
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
@@ -56,7 +56,7 @@ class FolderSource:
         return copy_tokenizer(self._folder, draft, self.config)
 
 
-class BinShards(Mapping[str, Header]):
+class BinShards(Headers):
     """The tensors of `torch.save` files, mapped. Only tensors are unpickled (`weights_only`), never code.
 
     Raises:
@@ -65,23 +65,14 @@ class BinShards(Mapping[str, Header]):
     """
 
     def __init__(self, files: list[Path]) -> None:
+        super().__init__()
         self._tensors: dict[str, Tensor] = {}
-        self._headers: dict[str, Header] = {}
         for file in files:
             for name, tensor in _load_bin(file).items():
                 if not isinstance(tensor, Tensor):
                     raise InputError(f"{file}: {name!r} is no tensor.", "Give a checkpoint saved from a state dict.")
                 self._tensors[name] = tensor
                 self._headers[name] = Header(tensor.dtype, tuple(tensor.shape), file)
-
-    def __getitem__(self, name: str) -> Header:
-        return self._headers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._headers)
-
-    def __len__(self) -> int:
-        return len(self._headers)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, mapped from the file."""

@@ -62,23 +62,11 @@ class Header:
         return cls(_DTYPES[code], tuple(shape), file)
 
 
-class Shards(Mapping[str, Header]):
-    """The tensors of one or more safetensors files, by name; nothing is read until it is asked for.
+class Headers(Mapping[str, Header]):
+    """Tensors of one or more files, by name. A kind of file fills `_headers` and gives the tensors."""
 
-    Raises:
-        InputError: a file is missing, truncated or not safetensors; a name stands in two files.
-    """
-
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self) -> None:
         self._headers: dict[str, Header] = {}
-        self._open: dict[Path, Any] = {}
-        for file in files:
-            handle = self._open[file] = _open(file)
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                if name in self._headers:
-                    raise InputError(f"{file}: tensor {name!r} stands in {self._headers[name].file.name} too.")
-                view = handle.get_slice(name)
-                self._headers[name] = Header.parse(view.get_dtype(), view.get_shape(), name, file)
 
     def __getitem__(self, name: str) -> Header:
         return self._headers[name]
@@ -88,6 +76,25 @@ class Shards(Mapping[str, Header]):
 
     def __len__(self) -> int:
         return len(self._headers)
+
+
+class Shards(Headers):
+    """The tensors of one or more safetensors files, by name; nothing is read until it is asked for.
+
+    Raises:
+        InputError: a file is missing, truncated or not safetensors; a name stands in two files.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        super().__init__()
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            handle = self._open[file] = _open(file)
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                if name in self._headers:
+                    raise InputError(f"{file}: tensor {name!r} stands in {self._headers[name].file.name} too.")
+                view = handle.get_slice(name)
+                self._headers[name] = Header.parse(view.get_dtype(), view.get_shape(), name, file)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, mapped from the file (page cache, not process memory). Do not write to it."""

@@ -62,7 +62,7 @@ class KVLayout:
     @cached_property
     def places(self) -> dict[int, tuple[int, int]]:
         """Layer → (group index, slot)."""
-        return {layer: (g, s) for g, group in enumerate(self.groups) for s, layer in enumerate(group.layers)}
+        return layer_places(self.groups)
 
     @property
     def block_bytes(self) -> int:
@@ -84,6 +84,11 @@ class KVLayout:
             return whole
         # The window and the chunk may each start in the middle of a block.
         return min(whole, -(-(group.window + chunk) // self.block_size) + 1)
+
+
+def layer_places(groups: tuple[KVGroup, ...]) -> dict[int, tuple[int, int]]:
+    """Layer → (group index, slot)."""
+    return {layer: (g, s) for g, group in enumerate(groups) for s, layer in enumerate(group.layers)}
 
 
 def kv_groups(windows: tuple[int | None, ...]) -> tuple[KVGroup, ...]:

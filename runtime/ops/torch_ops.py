@@ -20,7 +20,7 @@ from trtx.converters.spec import ModelSpec, Rope
 from trtx.quantize.formats import E4M3, round_e4m3, to_e4m3
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.batch import SequenceSlice
-from trtx.runtime.kv_layout import KVGroup, KVLayout, kv_groups
+from trtx.runtime.kv_layout import KVGroup, KVLayout, kv_groups, layer_places
 from trtx.runtime.ops.base import Ops
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -244,17 +244,16 @@ class TorchOps(Ops):
         batch, length = token_ids.shape
         positions = torch.arange(length, device=self.device)
         groups = kv_groups(self.spec.windows)
-        sharing = self.spec.num_heads // self.spec.num_kv_heads
         buckets = []
         for group in groups:
-            mask = self._mask(positions[None], positions[None], group.window).repeat(1, 1, sharing, 1)
+            mask = self._mask(positions[None], positions[None], group.window)
             buckets.append([_Bucket(slice(0, batch * length), batch, mask, None)])
         return TorchStep(
             token_ids=token_ids.to(self.device).flatten(),
             positions=positions.repeat(batch),
             rows=torch.arange(batch * length, device=self.device),
             cache=None,
-            places={layer: (g, s) for g, group in enumerate(groups) for s, layer in enumerate(group.layers)},
+            places=layer_places(groups),
             writes=[],
             buckets=buckets,
         )
@@ -269,18 +268,21 @@ class TorchOps(Ops):
         blocks = self._ids([table + [0] * (width - len(table)) for table in tables]).view(len(pieces), width)
         queries = self._ids([p for piece in pieces for p in range(piece.start, piece.end)]).view(len(pieces), count)
         keys = torch.arange(width * size, device=self.device)[None]
-        sharing = self.spec.num_heads // self.spec.num_kv_heads
-        mask = self._mask(queries, keys, group.window).repeat(1, 1, sharing, 1)
+        mask = self._mask(queries, keys, group.window)
         return _Bucket(slice(start, start + len(pieces) * count), len(pieces), mask, blocks, cache.scratch(blocks))
 
     def _mask(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-        """Additive mask [B, 1, Q, S]: a query at [B, Q] sees keys at [B or 1, S] up to itself, within the window."""
+        """Additive mask [B, 1, G * Q, S]: a query at [B, Q] sees keys at [B or 1, S] up to itself, within the window.
+
+        Repeated for the G query heads that share a key head.
+        """
         distance = queries[:, :, None] - keys[:, None, :]
         hidden = distance < 0
         if window is not None:
             hidden |= distance >= window
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(hidden, float("-inf"))[:, None]
+        sharing = self.spec.num_heads // self.spec.num_kv_heads
+        return mask.masked_fill_(hidden, float("-inf"))[:, None].repeat(1, 1, sharing, 1)
 
     def _ids(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

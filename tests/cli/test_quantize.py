@@ -8,6 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from tests.converters import tiny
 from tests.quantize import models
 from trtx.cli.app import app
 from trtx.converters.errors import ExitCode
@@ -16,7 +17,7 @@ from trtx.quantize.pipeline import MAX_PPL_INCREASE
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return models.checkpoint_of(models.make(), tmp_path_factory.mktemp("model"))
+    return tiny.checkpoint_of(models.make(), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
+from trtx.converters.convert import convert
+
 CLASSES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -34,6 +36,27 @@ def make(family: str, **settings: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.normal_(0.5, 0.5, generator=generator)
     return model
+
+
+def randomize(model: PreTrainedModel, seed: int, gain: float) -> PreTrainedModel:
+    """Draw every parameter again: norms near 1, matrices such that each multiplies its input's size by about `gain`."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(1, 0.2, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3, generator=generator)
+            else:
+                parameter.normal_(0, gain / parameter.shape[1] ** 0.5, generator=generator)
+    return model.eval()
+
+
+def checkpoint_of(model: PreTrainedModel, folder: Path) -> Path:
+    """The model, saved by transformers and converted."""
+    model.save_pretrained(folder / "hf")
+    convert(str(folder / "hf"), folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 def save(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:

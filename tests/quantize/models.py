@@ -10,7 +10,6 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from tests.converters import tiny
-from trtx.converters.convert import convert
 from trtx.quantize.pipeline import QuantizeSettings
 
 SIZES = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -21,24 +20,12 @@ ANYTHING = 1e9
 
 def make(family: str = "llama", **settings: Any) -> PreTrainedModel:
     """A tiny model in fp32 whose activations have channels of very different size, as real ones do."""
-    model = tiny.make(family, **{**SIZES, **settings}).eval()
-    generator = torch.Generator().manual_seed(3)
+    model = tiny.randomize(tiny.make(family, **{**SIZES, **settings}), seed=3, gain=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.normal_(1, 0.2, generator=generator)[::16] *= 4
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.3, generator=generator)
-            else:
-                parameter.normal_(0, 1 / parameter.shape[1] ** 0.5, generator=generator)
+                parameter[::16] *= 4
     return model
-
-
-def checkpoint_of(model: PreTrainedModel, folder: Path) -> Path:
-    """The model, saved by transformers and converted."""
-    model.save_pretrained(folder / "hf")
-    convert(str(folder / "hf"), folder / "checkpoint")
-    return folder / "checkpoint"
 
 
 def tokens(seed: int, windows: int = 4) -> torch.Tensor:

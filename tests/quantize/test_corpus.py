@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from tests.converters import tiny
 from tests.quantize import models
 from trtx.converters.checkpoint import Checkpoint
 from trtx.converters.errors import InputError
@@ -16,7 +17,7 @@ from trtx.quantize.corpus import CALIBRATION, EVALUATION, random_corpus, read_co
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A model whose tokenizer knows the words 'w0' to 'w95'."""
-    path = models.checkpoint_of(models.make(num_hidden_layers=1), tmp_path_factory.mktemp("model"))
+    path = tiny.checkpoint_of(models.make(num_hidden_layers=1), tmp_path_factory.mktemp("model"))
     tokenizer = tokenizers.Tokenizer(WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(path / "tokenizer.json"))

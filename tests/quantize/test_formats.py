@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.converters import tiny
 from tests.quantize import models
 from trtx.converters.checkpoint import Checkpoint
 from trtx.quantize.formats import FORMATS, round_e4m3
@@ -18,7 +19,7 @@ LINEARS = ("layers.0.attn.k", "layers.1.attn.o", "layers.1.mlp.up", "layers.0.ml
 def stored(request, tmp_path_factory):
     """The checkpoint in each format, and its tensors as safetensors reads them."""
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = models.checkpoint_of(models.make("qwen2"), folder)
+    checkpoint = tiny.checkpoint_of(models.make("qwen2"), folder)
     out = folder / "out"
     quantize(checkpoint, out, models.settings(folder, request.param, kv_cache="fp8"))
     with safe_open(next(out.glob("*.safetensors")), "pt") as file:

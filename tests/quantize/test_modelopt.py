@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
+from tests.converters import tiny
 from tests.quantize import models
 from trtx.converters.checkpoint import Checkpoint
 from trtx.quantize.modelopt import SMOOTHQUANT_ALPHA
@@ -24,7 +25,7 @@ def model(request) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory):
-    return models.checkpoint_of(model, tmp_path_factory.mktemp("model"))
+    return tiny.checkpoint_of(model, tmp_path_factory.mktemp("model"))
 
 
 def logits_as_written(path, token_ids):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.converters import tiny
 from tests.quantize import models
 from trtx.converters.checkpoint import Checkpoint
 from trtx.converters.convert import convert
@@ -26,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def checkpoint(model, folder):
-    return models.checkpoint_of(model, folder)
+    return tiny.checkpoint_of(model, folder)
 
 
 def test_perplexity_kl_and_agreement_are_those_of_transformers(model, checkpoint, tmp_path):
@@ -71,7 +72,7 @@ def test_a_weight_row_of_zeros(format, tmp_path):
     model = models.make()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[3] = 0
-    source = models.checkpoint_of(model, tmp_path)
+    source = tiny.checkpoint_of(model, tmp_path)
     quantize(source, tmp_path / "out", models.settings(tmp_path, format))
     weight = WeightStore.of_checkpoint(Checkpoint(tmp_path / "out"))
     module = next(m for m in weight.config.spec.modules() if m.name == "layers.0.attn.q")
@@ -108,13 +109,13 @@ def test_quality_json_and_manifest(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("intermediate", "group_size"), [(256, 128), (192, 64), (160, 32)])
 def test_group_size_is_the_largest_that_divides_every_width(intermediate, group_size, tmp_path):
-    source = models.checkpoint_of(models.make(intermediate_size=intermediate), tmp_path)
+    source = tiny.checkpoint_of(models.make(intermediate_size=intermediate), tmp_path)
     report = quantize(source, tmp_path / "out", models.settings(tmp_path, "int4_awq"))
     assert report.quantization.group_size == group_size
 
 
 def test_a_width_that_no_group_divides(tmp_path):
-    source = models.checkpoint_of(models.make(intermediate_size=200), tmp_path)
+    source = tiny.checkpoint_of(models.make(intermediate_size=200), tmp_path)
     with pytest.raises(UnsupportedError, match=r"layers.0.mlp.down: int4_awq .* 128 × 200") as raised:
         quantize(source, tmp_path / "out", models.settings(tmp_path, "int4_awq"))
     assert "--exclude 'layers.0.mlp.down'" in raised.value.remedy
@@ -175,7 +176,7 @@ def test_random_weights_are_calibrated_on_random_tokens(folder, checkpoint, tmp_
     ],
 )
 def test_undefined_weights_are_named(tensor, value, cause, model, tmp_path):
-    source = models.checkpoint_of(model, tmp_path)
+    source = tiny.checkpoint_of(model, tmp_path)
     shard = next(source.glob("*.safetensors"))
     tensors = load_file(shard)
     tensors[tensor].view(-1)[0] = value

@@ -11,7 +11,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from tests.converters import tiny
 from trtx.builder.build import BuildSettings, build
-from trtx.converters.convert import convert
 
 GAP = 1e-4
 """A token counts as the greedy one when its logit is within this of the largest."""
@@ -45,24 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def random_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model with logits far enough apart for greedy decoding to mean something."""
     family, settings = VARIANTS[name]
-    model = tiny.make(family, **settings).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("norm.weight"):
-                parameter.normal_(1, 0.2, generator=generator)
-            elif parameter_name.endswith("bias"):
-                parameter.normal_(0, 0.3, generator=generator)
-            else:
-                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
-    return model
-
-
-def checkpoint_of(model: PreTrainedModel, folder: Path) -> Path:
-    """The model, saved by transformers and converted."""
-    model.save_pretrained(folder / "hf")
-    convert(str(folder / "hf"), folder / "checkpoint")
-    return folder / "checkpoint"
+    return tiny.randomize(tiny.make(family, **settings), seed, gain=1.5)
 
 
 def engine_of(checkpoint: Path, out: Path, **settings: Any) -> Path:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from tests.runtime.models import VARIANTS, assert_greedy, checkpoint_of, engine_of, random_model
+from tests.converters.tiny import checkpoint_of
+from tests.runtime.models import VARIANTS, assert_greedy, engine_of, random_model
 from trtx.converters.checkpoint import Checkpoint
 from trtx.converters.random_weights import random_tensor
 from trtx.runtime.batch import SequenceSlice

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.runtime.models import checkpoint_of, engine_of, random_model
+from tests.converters.tiny import checkpoint_of
+from tests.runtime.models import engine_of, random_model
 from trtx.converters.errors import InputError, RequestError
 from trtx.runtime.llm import LLM
 from trtx.runtime.sampling import SamplingParams

@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.runtime.models import checkpoint_of, engine_of, random_model
+from tests.converters.tiny import checkpoint_of
+from tests.runtime.models import engine_of, random_model
 from trtx.builder.engine import Engine
 from trtx.cli.app import app
 from trtx.converters.errors import DoesNotFitError, ExitCode, InputError, MismatchError
