@@ -43,9 +43,11 @@ class Shard:
 
     def kv_layout(self, block_size: int, itemsize: int) -> KVLayout:
         """The KV cache of this rank."""
-        windows = tuple(self.spec.windows[layer] for layer in self.layers)
-        heads = self.spec.num_kv_heads // self.mapping.tp
-        return KVLayout(kv_groups(windows), block_size, heads, self.spec.head_dim, itemsize)
+        spec = self.spec
+        windows = tuple(spec.windows[layer] for layer in self.layers)
+        heads = 1 if spec.latent else spec.num_kv_heads // self.mapping.tp  # every rank holds the whole latent
+        groups = kv_groups(windows, spec.chunked)
+        return KVLayout(groups, block_size, heads, spec.cached_dim, itemsize, spec.cached_arrays)
 
     def _holds(self, module: Module) -> bool:
         if module.name.startswith("layers."):

@@ -83,7 +83,9 @@ class TorchBackend(Backend):
 
     def table_bytes(self, sizing: Sizing) -> int:
         rows = sizing.max_seq_len + sizing.max_num_tokens  # the table, and what a step gathers from it
-        return 2 * rows * sizing.model.spec.rope.dim * ITEMSIZE[sizing.compute_dtype]
+        spec = sizing.model.spec
+        rotated = sum(rope.dim for rope in {spec.rope, spec.local_rope} if rope)
+        return 2 * rows * rotated * ITEMSIZE[sizing.compute_dtype]
 
     def workspace_bytes(self, sizing: Sizing) -> int:
         device = sizing.target.device

@@ -232,7 +232,7 @@ def _plan(source: Source, dtype: DtypeChoice, values: bool) -> _Plan:
         expected = config.expected()
         if source.canonical:
             return config, expected, identity(expected)
-        return config, expected, resolve(family, expected, source.headers, spec.tied_embeddings)
+        return config, expected, resolve(family, spec, family.interleaves(source.config), expected, source.headers)
 
     config, expected, assignment = assign(spec)
     head, embedding = assignment.tied_head, assignment.pieces.get("embed.weight")
@@ -279,7 +279,7 @@ def _require_floats(source: Source, assignment: Assignment) -> None:
 
 def _producer(source: Source, name: str, piece: Piece, stored: Stored) -> Callable[[], Tensor]:
     def produce() -> Tensor:
-        tensor = piece.cut(source.tensor(piece.source))
+        tensor = piece.cut(source.tensor(piece.source, piece.index))
         return tensor if tensor.dtype == stored.dtype else cast(tensor, stored.dtype, name)
 
     return produce

@@ -120,13 +120,14 @@ class GgufSource:
         self.provenance = {"kind": "gguf", "path": str(path.absolute()), "types": types}
         self.identity = identify(path)
 
-    def tensor(self, name: str) -> Tensor:
-        stored = self._tensors[name]
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        stored, shape = self._tensors[name], self.headers[name].shape
+        data = stored.data if index is None else stored.data[index]
         if stored.tensor_type in _STORED:
-            flat = torch.from_numpy(stored.data.reshape(-1)).view(_STORED[stored.tensor_type])
-            tensor = flat.reshape(self.headers[name].shape)
+            flat = torch.from_numpy(data.reshape(-1)).view(_STORED[stored.tensor_type])
+            tensor = flat.reshape(shape if index is None else shape[1:])
         else:
-            tensor = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+            tensor = torch.from_numpy(gguf.dequantize(data, stored.tensor_type))
         heads = self._paired_heads(stored.name)
         return _unpermute(tensor, heads) if heads else tensor
 

@@ -81,6 +81,24 @@ class Config:
             raise self.wrong(key, "a list of strings")
         return value
 
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers."""
+        value = self._take(key, _MISSING)
+        if not (isinstance(value, list) and all(type(item) in (int, float) for item in value)):
+            raise self.wrong(key, "a list of numbers")
+        return [float(item) for item in value]
+
+    def integers(self, key: str, default: T = _MISSING) -> list[int] | T:
+        """A list of whole numbers."""
+        value = self._take(key, default)
+        if value is not default and not (isinstance(value, list) and all(type(item) is int for item in value)):
+            raise self.wrong(key, "a list of whole numbers")
+        return value
+
+    def raw(self, key: str, default: Any) -> Any:
+        """A value of any type."""
+        return self._take(key, default)
+
     def section(self, key: str) -> Config:
         """The object at `key`; an empty one when the key is absent or null."""
         value = self._take(key, {})
@@ -107,7 +125,7 @@ class Config:
 
         Args:
             harmless: keys that may have any value.
-            inert: keys that may only have this value (with which they change nothing).
+            inert: keys that may only have this value (with which they change nothing) or be null.
 
         Raises:
             UnsupportedError: names the first key that is left, and its value.
@@ -115,7 +133,7 @@ class Config:
         for key in sorted(self._content.keys() - self._read):
             if key in harmless:
                 continue
-            if inert is not None and key in inert and self._content[key] == inert[key]:
+            if inert is not None and key in inert and self._content[key] in (inert[key], None):
                 continue
             raise UnsupportedError(
                 f"{self.where}: key {key!r} ({_short(self._content[key])}) is not modelled for {self.family}; "

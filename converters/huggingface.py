@@ -49,8 +49,9 @@ class FolderSource:
         self._store = _open_weights(folder)
         self.headers: Mapping[str, Header] = self._store
 
-    def tensor(self, name: str) -> Tensor:
-        return self._store.tensor(name)
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        tensor = self._store.tensor(name)
+        return tensor if index is None else tensor[index]
 
     def write_tokenizer(self, draft: Draft) -> list[str]:
         return copy_tokenizer(self._folder, draft, self.config)
@@ -153,7 +154,7 @@ class HubHeaders:
         self.provenance = provenance
         self.identity = {"path": f"hub:{provenance['id']}", "identity": provenance["revision"]}
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
         raise AssertionError(f"{name}: only headers were fetched")
 
     def write_tokenizer(self, draft: Draft) -> list[str]:

@@ -72,7 +72,8 @@ class RandomSource:
             for suffix, stored in Quantization().stored(module, dtype).items()
         }
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        assert index is None, "canonical tensors are never stacked"
         header = self.headers[name]
         return random_tensor(name, header.shape, header.dtype, self._seed)
 

@@ -46,8 +46,12 @@ class Source(Protocol):
     provenance: dict[str, Any]
     identity: dict[str, Any]
 
-    def tensor(self, name: str) -> Tensor:
-        """A stored tensor on the CPU, mapped from its file where possible. Do not write to it."""
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """A stored tensor on the CPU, mapped from its file where possible. Do not write to it.
+
+        Args:
+            index: give only this one of its first dimension (an expert).
+        """
         ...
 
     def write_tokenizer(self, draft: Draft) -> list[str]:

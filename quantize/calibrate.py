@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trtx.converters.errors import InputError
@@ -21,16 +20,20 @@ from trtx.converters.spec import ModelSpec
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.decoder import Decoder
 from trtx.runtime.ops.base import Ops, Value
-from trtx.runtime.ops.torch_ops import TorchOps
+from trtx.runtime.ops.torch_ops import TorchOps, attend
 from trtx.runtime.weights import WeightStore, fused_groups, load
 
 
 class Attention(nn.Module):
     """Scaled dot-product attention as a module: what quantizers of the KV cache are put on."""
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """[B, heads, Q, head_dim], [B, heads, S, head_dim] twice and an additive mask → [B, heads, Q, head_dim]."""
-        return F.scaled_dot_product_attention(queries, keys, values, mask)
+    def __init__(self, softcap: float | None) -> None:
+        super().__init__()
+        self.softcap = softcap
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Shapes as in `TorchOps.sdpa`."""
+        return attend(queries, keys, values, mask, scale, self.softcap)
 
 
 class CalibrateOps(TorchOps):
@@ -47,7 +50,7 @@ class CalibrateOps(TorchOps):
         super().__init__(spec, torch.float32, device, max_positions)
         self.watched = frozenset(watched)
         self.tree = nn.Module()
-        self.attentions = [Attention() for _ in range(spec.num_layers)]
+        self.attentions = [Attention(spec.attention_softcap) for _ in range(spec.num_layers)]
         for index, attention in enumerate(self.attentions):
             _place(self.tree, f"layers.{index}.attn", attention)
 
@@ -84,12 +87,12 @@ class CalibrateOps(TorchOps):
     def linears(self, x: Tensor, group: Value) -> list[Tensor]:
         return [linear(x) for weight in group for linear in weight]
 
-    def sdpa(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        return self.attentions[layer](queries, keys, values, mask)
+    def sdpa(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return self.attentions[layer](queries, keys, values, mask, scale)
 
     # Fused words, as core words: every linear has to be seen.
     add_norm = Ops.add_norm
-    gated_mlp = Ops.gated_mlp
+    mlp = Ops.mlp
 
 
 class CalibrationModel:

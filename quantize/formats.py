@@ -253,6 +253,8 @@ class Quantization:
 
     def stored(self, module: Module, dtype: torch.dtype) -> dict[str, Stored]:
         """Every tensor stored for `module`, by suffix ('weight', 'bias', 'weight_scale', …)."""
+        if module.kind is Kind.VECTOR:
+            return {"weight": Stored(torch.float32, module.shape)}
         if module.kind is Kind.NORM:
             tensors = {"weight": Stored(dtype, module.shape)}
         else:

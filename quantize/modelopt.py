@@ -62,8 +62,8 @@ class _QuantAttention(Attention):
         self.k_bmm_quantizer = TensorQuantizer()
         self.v_bmm_quantizer = TensorQuantizer()
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        return super().forward(queries, self.k_bmm_quantizer(keys), self.v_bmm_quantizer(values), mask)
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return super().forward(queries, self.k_bmm_quantizer(keys), self.v_bmm_quantizer(values), mask, scale)
 
 
 mtq.register(original_cls=Attention, quantized_cls=_QuantAttention)

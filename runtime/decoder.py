@@ -8,25 +8,10 @@ set can fuse the addition with the norm that follows, across layers too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from trtx.converters.spec import ModelSpec
-from trtx.runtime.ops.base import Ops, Step, Value
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The weights of one layer, looked up once."""
-
-    attn_norm: Value
-    qkv: Value
-    q_norm: Value
-    k_norm: Value
-    o: Value
-    mlp_norm: Value
-    gate_up: Value
-    down: Value
+from trtx.runtime.ops.base import Mlp, Ops, Step, Value
 
 
 class Decoder:
@@ -34,17 +19,23 @@ class Decoder:
 
     Args:
         spec: the architecture.
-        weights: by canonical name: what the op set made of norms, embedding, linears and fused groups
+        weights: by canonical name: what the op set made of each module, fused linears by the group's name
             ('layers.I.attn.qkv', 'layers.I.mlp.gate_up'). See `runtime.weights.load`.
     """
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Any], ops: Ops) -> None:
         self.spec = spec
         self.ops = ops
-        self.embedding = weights["embed"]
-        self.final_norm = weights["final_norm"]
-        self.lm_head = weights["lm_head"]
-        self.layers = [_layer(weights, f"layers.{index}") for index in range(spec.num_layers)]
+        self.top = _Weights()
+        self.layers = [_Weights() for _ in range(spec.num_layers)]
+        for name, weight in weights.items():
+            if name.startswith("layers."):
+                _, layer, rest = name.split(".", 2)
+                self.layers[int(layer)][rest] = weight
+            else:
+                self.top[name] = weight
+        for index, found in enumerate(self.layers):
+            _gather_mlps(spec, found, index)
 
     def forward(self, step: Step) -> Value:
         """Logits [R, V] of the step's rows that want them."""
@@ -55,38 +46,129 @@ class Decoder:
 
     def embed(self, step: Step) -> Value:
         """Token ids → [T, H]."""
-        return self.ops.all_reduce(self.ops.embed(step, self.embedding))
+        ops, spec, w = self.ops, self.spec, self.top
+        x = ops.all_reduce(ops.embed(step, w["embed"], spec.embedding_scale))
+        if "embed_in" in w:
+            x = ops.linear(x, w["embed_in"])
+        if spec.learned_positions:
+            x = ops.add(x, ops.embed_positions(step, w["positions"]))
+        return ops.norm(x, w["embed_norm"]) if spec.embedding_norm else x
 
-    def layer(self, index: int, x: Value, delta: Value | None, step: Step) -> tuple[Value, Value]:
+    def layer(self, index: int, x: Value, delta: Value | None, step: Step) -> tuple[Value, Value | None]:
         """One layer on the residual stream x + delta, [T, H] each; returns the new pair."""
+        ops, w = self.ops, self.layers[index]
+
+        x, h = self._enter(x, delta, w["attn_norm"])
+        attended = self.attention(index, h, step)
+        if self.spec.parallel != "no":
+            if w["mlp_norm"] is not None:
+                h = ops.norm(x, w["mlp_norm"])
+            return self._leave(x, ops.all_reduce(ops.add(attended, self.mlp(index, h))), None, None)
+        x, delta = self._leave(x, ops.all_reduce(attended), w["attn_norm"], w["attn_out_norm"])
+
+        x, h = self._enter(x, delta, w["mlp_norm"])
+        return self._leave(x, ops.all_reduce(self.mlp(index, h)), w["mlp_norm"], w["mlp_out_norm"])
+
+    def attention(self, index: int, h: Value, step: Step) -> Value:
+        """[T, H] → [T, H], to be summed over the ranks."""
         ops, spec, w = self.ops, self.spec, self.layers[index]
+        if spec.latent:
+            return self._latent_attention(index, h, step)
+        q, k, v = ops.linears(h, w["attn.qkv"])
+        if spec.qkv_clip is not None:
+            q, k, v = (ops.clamp(part, -spec.qkv_clip, spec.qkv_clip) for part in (q, k, v))
+        if spec.qk_norm == "width":
+            q, k = ops.norm(q, w["attn.q_norm"]), ops.norm(k, w["attn.k_norm"])
+        q, k, v = (ops.heads(part, spec.head_dim) for part in (q, k, v))
+        if spec.qk_norm in ("head", "heads"):
+            q, k = ops.norm(q, w["attn.q_norm"]), ops.norm(k, w["attn.k_norm"])
+        if rope := spec.rope_of(index):
+            q, k = ops.rope(q, rope, step), ops.rope(k, rope, step)
+            if spec.qk_norm == "unit":
+                q, k = ops.unit_norm(q, spec.norm.eps), ops.unit_norm(k, spec.norm.eps)
+        elif spec.query_scaling:
+            q = ops.scale_queries(q, spec.query_scaling.floor, spec.query_scaling.scale, step)
+        return ops.linear(ops.attention(q, k, v, index, step, w["attn.sinks"]), w["attn.o"])
 
-        x, h = ops.add_norm(x, delta, w.attn_norm, spec.norm_eps)
-        q, k, v = (ops.heads(part, spec.head_dim) for part in ops.linears(h, w.qkv))
-        if spec.qk_norm:
-            q, k = ops.norm(q, w.q_norm, spec.norm_eps), ops.norm(k, w.k_norm, spec.norm_eps)
-        q, k = ops.rope(q, spec.rope, step), ops.rope(k, spec.rope, step)
-        attended = ops.attention(q, k, v, index, step)
-        delta = ops.all_reduce(ops.linear(attended, w.o))
+    def _latent_attention(self, index: int, h: Value, step: Step) -> Value:
+        ops, spec, w = self.ops, self.spec, self.layers[index]
+        *compressed, latent, k_rope = ops.linears(h, w["attn.qkv_a"])
+        if compressed:
+            q = ops.linear(ops.norm(compressed[0], w["attn.q_a_norm"]), w["attn.q_b"])
+        else:
+            (q,) = ops.linears(h, w["attn.qkv"])
+        q, k_rope = ops.heads(q, spec.head_dim), ops.heads(k_rope, spec.rotated_dim)
+        if rope := spec.rope_of(index):
+            q, k_rope = ops.rope(q, rope, step), ops.rope(k_rope, rope, step)
+        latent = ops.norm(latent, w["attn.latent_norm"])
+        attended = ops.latent_attention(q, latent, k_rope, w["attn.k_up"], w["attn.v_up"], index, step)
+        return ops.linear(attended, w["attn.o"])
 
-        x, h = ops.add_norm(x, delta, w.mlp_norm, spec.norm_eps)
-        return x, ops.all_reduce(ops.gated_mlp(h, w.gate_up, w.down, spec.activation))
+    def mlp(self, index: int, h: Value) -> Value:
+        """[T, H] → [T, H], to be summed over the ranks."""
+        ops, activation, moe, w = self.ops, self.spec.activation, self.spec.moe, self.layers[index]
+        if moe is None or not self.spec.has_experts(index):
+            return ops.mlp(h, w["mlp"], activation)
+        routing = ops.route(h, w["mlp.router"], w["mlp.router_correction"], moe)
+        y = ops.experts(h, routing, w["mlp.experts"], activation, moe.weighs_input)
+        if moe.shared_size:
+            shared = ops.mlp(h, w["mlp.shared"], activation)
+            if moe.shared_gate:
+                shared = ops.mul(shared, ops.sigmoid(ops.linear(h, w["mlp.shared_gate"])))
+            y = ops.add(y, shared)
+        return y
 
-    def head(self, x: Value, delta: Value, step: Step) -> Value:
+    def head(self, x: Value, delta: Value | None, step: Step) -> Value:
         """The residual stream → logits [R, V]."""
-        ops = self.ops
-        _, h = ops.add_norm(ops.rows(x, step), ops.rows(delta, step), self.final_norm, self.spec.norm_eps)
-        return ops.all_gather(ops.linear(h, self.lm_head))
+        ops, spec, w = self.ops, self.spec, self.top
+        delta = None if delta is None else ops.rows(delta, step)
+        _, h = self._enter(ops.rows(x, step), delta, w["final_norm"])
+        if "embed_out" in w:
+            h = ops.linear(h, w["embed_out"])
+        logits = ops.all_gather(ops.linear(h, w["lm_head"]))
+        if spec.logit_scale != 1:
+            logits = ops.mul(logits, spec.logit_scale)
+        return logits if spec.logit_softcap is None else ops.soft_cap(logits, spec.logit_softcap)
+
+    def _enter(self, x: Value, delta: Value | None, norm: Value | None) -> tuple[Value, Value]:
+        """The residual stream, and what a block reads of it."""
+        if norm is not None and self.spec.norm_placement != "residual":
+            x, h = self.ops.add_norm(x, delta, norm)
+            return (h, h) if self.spec.normed_residual else (x, h)
+        if delta is not None:
+            x = self.ops.add(x, delta)
+        return x, x
+
+    def _leave(self, x: Value, y: Value, norm: Value | None, out_norm: Value | None) -> tuple[Value, Value | None]:
+        """The pair after a block's output y.
+
+        Args:
+            norm: of the residual stream.
+            out_norm: of y.
+        """
+        if self.spec.norm_placement == "residual":
+            return self.ops.norm(self.ops.add(x, y), norm), None
+        if out_norm is not None:
+            y = self.ops.norm(y, out_norm)
+        return x, y if self.spec.residual_scale == 1 else self.ops.mul(y, self.spec.residual_scale)
 
 
-def _layer(weights: Mapping[str, Any], name: str) -> _Layer:
-    return _Layer(
-        attn_norm=weights[f"{name}.attn_norm"],
-        qkv=weights[f"{name}.attn.qkv"],
-        q_norm=weights.get(f"{name}.attn.q_norm"),
-        k_norm=weights.get(f"{name}.attn.k_norm"),
-        o=weights[f"{name}.attn.o"],
-        mlp_norm=weights[f"{name}.mlp_norm"],
-        gate_up=weights[f"{name}.mlp.gate_up"],
-        down=weights[f"{name}.mlp.down"],
-    )
+class _Weights(dict[str, Any]):
+    """Weights by name; None for what the model does not have."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+def _gather_mlps(spec: ModelSpec, layer: _Weights, index: int) -> None:
+    """Make one value of the weights of each MLP and expert of a layer."""
+
+    def take(name: str) -> Mlp:
+        return Mlp(layer.pop(f"{name}.gate_up"), layer.pop(f"{name}.down"))
+
+    if spec.moe is None or not spec.has_experts(index):
+        layer["mlp"] = take("mlp")
+        return
+    layer["mlp.experts"] = tuple(take(f"mlp.experts.{expert}") for expert in range(spec.moe.experts))
+    if spec.moe.shared_size:
+        layer["mlp.shared"] = take("mlp.shared")

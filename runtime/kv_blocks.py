@@ -228,7 +228,7 @@ class BlockManager:
 
     def _first_needed(self, group: KVGroup, position: int) -> int:
         """The first block that a token at `position` or later can see."""
-        return 0 if group.window is None else max(0, position - group.window + 1) // self.layout.block_size
+        return group.first_seen(position) // self.layout.block_size
 
     def _give_back_passed(self, group: KVGroup, table: list[int], position: int) -> None:
         for index in range(min(self._first_needed(group, position), len(table)) - 1, -1, -1):

@@ -1,9 +1,9 @@
 """How the KV cache is laid out: groups of layers over one pool of equal blocks. Plain Python.
 
-A block holds keys and values of `block_size` consecutive tokens for `slots` layers. Layers with the same attention
-window form a kind; each kind is cut into groups of at most `slots` layers, and each group of a sequence has its own
-block table. All groups draw from one pool, so a model that mixes full and windowed layers wastes nothing on a fixed
-split, and a windowed group gives blocks back once no later token can see them.
+A block holds keys and values, or latents, of `block_size` consecutive tokens for `slots` layers. Layers with the same
+attention window form a kind; each kind is cut into groups of at most `slots` layers, and each group of a sequence has
+its own block table. All groups draw from one pool, so a model that mixes full and windowed layers wastes nothing on a
+fixed split, and a windowed group gives blocks back once no later token can see them.
 
     one kind of layer (Llama, Mistral)   one group, slots = number of layers
     6 full + 18 windowed layers          slots = 6: one full group, three windowed ones
@@ -27,10 +27,18 @@ class KVGroup:
     Attributes:
         window: how many latest positions a token attends to; None: all of them.
         layers: the layer in each slot.
+        chunked: the window does not slide: a token attends from the last multiple of `window` on.
     """
 
     window: int | None
     layers: tuple[int, ...]
+    chunked: bool = False
+
+    def first_seen(self, position: int) -> int:
+        """The first position that a token at `position` or later can attend to."""
+        if self.window is None:
+            return 0
+        return position // self.window * self.window if self.chunked else max(0, position - self.window + 1)
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,10 @@ class KVLayout:
 
     Attributes:
         block_size: tokens a block.
-        kv_heads: key/value heads on this rank.
+        kv_heads: key/value heads on this rank; 1 for latents.
+        head_dim: numbers in a row: a head's key, or a latent.
         itemsize: bytes of a stored number.
+        arrays: 2: keys and values; 1: latents.
     """
 
     groups: tuple[KVGroup, ...]
@@ -48,11 +58,13 @@ class KVLayout:
     kv_heads: int
     head_dim: int
     itemsize: int
+    arrays: int = 2
 
     @classmethod
-    def of(cls, spec: ModelSpec, block_size: int, itemsize: int, kv_heads: int | None = None) -> KVLayout:
-        """The layout for a model; `kv_heads` where a rank holds fewer than all."""
-        return cls(kv_groups(spec.windows), block_size, kv_heads or spec.num_kv_heads, spec.head_dim, itemsize)
+    def of(cls, spec: ModelSpec, block_size: int, itemsize: int) -> KVLayout:
+        """The layout for a model on one rank."""
+        groups = kv_groups(spec.windows, spec.chunked)
+        return cls(groups, block_size, spec.cached_heads, spec.cached_dim, itemsize, spec.cached_arrays)
 
     @property
     def slots(self) -> int:
@@ -66,8 +78,8 @@ class KVLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block, keys and values of all slots."""
-        return 2 * self.slots * self.block_size * self.kv_heads * self.head_dim * self.itemsize
+        """Bytes of one block, all slots together."""
+        return self.arrays * self.slots * self.block_size * self.kv_heads * self.head_dim * self.itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -91,7 +103,7 @@ def layer_places(groups: tuple[KVGroup, ...]) -> dict[int, tuple[int, int]]:
     return {layer: (g, s) for g, group in enumerate(groups) for s, layer in enumerate(group.layers)}
 
 
-def kv_groups(windows: tuple[int | None, ...]) -> tuple[KVGroup, ...]:
+def kv_groups(windows: tuple[int | None, ...], chunked: bool = False) -> tuple[KVGroup, ...]:
     """Cut layers into groups by window so that as few slots as possible stay empty, in at most 8 groups if possible."""
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
@@ -104,7 +116,7 @@ def kv_groups(windows: tuple[int | None, ...]) -> tuple[KVGroup, ...]:
 
     slots = min(range(1, max(sizes) + 1), key=cost)
     return tuple(
-        KVGroup(window, tuple(layers[start : start + slots]))
+        KVGroup(window, tuple(layers[start : start + slots]), chunked and window is not None)
         for window, layers in kinds.items()
         for start in range(0, len(layers), slots)
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from trtx.builder.engine import Engine
 from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
 from trtx.converters.random_weights import random_tensor
-from trtx.converters.spec import FUSIONS, Kind, Module
+from trtx.converters.spec import FUSIONS, Kind, ModelSpec, Module, Norm
 from trtx.quantize.formats import DTYPES, Stored
 from trtx.quantize.weight import LinearWeight, fuse
 from trtx.runtime.decoder import Decoder
@@ -75,14 +75,13 @@ class WeightStore:
 
 
 def fused_groups(config: CheckpointConfig) -> Iterator[tuple[str, list[Module]]]:
-    """The linears of every layer as they are used: fused groups by the fused name, others alone, lm_head last."""
+    """The linears as they are used: those that read one input under the fused name, others alone, lm_head last."""
     fused_names = {part: fused for fused, parts in FUSIONS.items() for part in parts}
     groups: dict[str, list[Module]] = {}
     for module in config.spec.modules():
         if module.kind is Kind.LINEAR:
-            kind = module.name.split(".", 2)[-1]
-            layer = module.name.removesuffix(kind)
-            groups.setdefault(layer + fused_names.get(kind, kind), []).append(module)
+            owner, dot, kind = module.name.rpartition(".")
+            groups.setdefault(owner + dot + fused_names.get(kind, kind), []).append(module)
     yield from groups.items()
 
 
@@ -104,15 +103,35 @@ def load(store: WeightStore, ops: Ops, advance: Callable[[int], None] = lambda c
     weights: dict[str, Any] = {}
     for module in spec.modules():
         if module.kind is not Kind.LINEAR:
-            tensor = store.tensor(f"{module.name}.weight")
-            weights[module.name] = ops.load_tensor(module.name, tensor)
-            advance(tensor.nbytes)
+            tensors = {suffix: store.tensor(f"{module.name}.{suffix}") for suffix in store.stored(module)}
+            weights[module.name] = _resident(module, tensors, spec, store, ops)
+            advance(sum(tensor.nbytes for tensor in tensors.values()))
     for name, modules in fused_groups(store.config):
         members = store.group(name, modules)
         resident = [ops.load_linear(weight) for weight in members]
-        is_group = name.endswith(tuple(FUSIONS))
+        is_group = name.rpartition(".")[2] in FUSIONS
         weights[name] = resident if is_group else resident[0]
         advance(sum(tensor.nbytes for weight in members for tensor in weight.tensors.values()))
     if spec.tied_embeddings:
         weights["lm_head"] = ops.tie(weights["embed"])
     return Decoder(spec, weights, ops)
+
+
+def _resident(module: Module, tensors: dict[str, Tensor], spec: ModelSpec, store: WeightStore, ops: Ops) -> Any:
+    """What an op set makes of a module that is no linear."""
+    name, weight = module.name, tensors["weight"]
+    if module.kind is Kind.EMBEDDING:
+        return ops.load_table(name, weight)
+    if module.kind is Kind.VECTOR:
+        return ops.load_vector(name, weight)
+    if module.kind is Kind.NORM:
+        return ops.load_norm(name, weight, tensors.get("bias"), _norm_of(name, spec))
+    linear = store.linear(module)
+    return ops.load_router(linear) if name.endswith(".router") else ops.load_linear(linear)
+
+
+def _norm_of(name: str, spec: ModelSpec) -> Norm:
+    """How a norm computes: as the model's do, but for those of MLA's compressed parts."""
+    if spec.latent and name.endswith((".q_a_norm", ".latent_norm")):
+        return Norm(spec.latent.norm_eps)
+    return spec.norm

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trtx.converters.spec import Rope
+from trtx.converters.spec import Activation, MoE, Norm, Rope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +25,38 @@ Value = Any
 Step = Any
 
 
+@dataclass(frozen=True)
+class Mlp:
+    """The resident weights of an MLP: gate and up (or up alone) read one input."""
+
+    gate_up: Value
+    down: Value
+
+
 class Ops(ABC):
     """One rank's op set."""
 
     # Weights, made resident once.
 
     @abstractmethod
-    def load_tensor(self, name: str, tensor: Tensor) -> Value:
-        """A norm's weight or the embedding table, as this op set keeps it."""
+    def load_table(self, name: str, tensor: Tensor) -> Value:
+        """An embedding table."""
+
+    @abstractmethod
+    def load_norm(self, name: str, weight: Tensor, bias: Tensor | None, norm: Norm) -> Value:
+        """A norm, with all that `norm` needs to know of it."""
+
+    @abstractmethod
+    def load_vector(self, name: str, tensor: Tensor) -> Value:
+        """Numbers of their own meaning, in fp32."""
 
     @abstractmethod
     def load_linear(self, weight: LinearWeight) -> Value:
         """A linear's weight (or several fused), as this op set keeps it."""
+
+    @abstractmethod
+    def load_router(self, weight: LinearWeight) -> Value:
+        """The weight of a router, as `route` takes it."""
 
     @abstractmethod
     def tie(self, table: Value) -> Value:
@@ -44,12 +65,24 @@ class Ops(ABC):
     # Core words.
 
     @abstractmethod
-    def embed(self, step: Step, table: Value) -> Value:
-        """Rows of `table` [V, H] for the step's token ids → [T, H]; zeros for ids that another rank holds."""
+    def embed(self, step: Step, table: Value, scale: float = 1.0) -> Value:
+        """Rows of `table` [V, H] for the step's token ids → [T, H]; zeros for ids that another rank holds.
+
+        Args:
+            scale: of the rows, rounded to the compute dtype first.
+        """
 
     @abstractmethod
-    def norm(self, x: Value, weight: Value, eps: float) -> Value:
-        """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) over the last dimension, statistics in fp32."""
+    def embed_positions(self, step: Step, table: Value) -> Value:
+        """Rows of `table` [max_positions, H] for the step's positions → [T, H]."""
+
+    @abstractmethod
+    def norm(self, x: Value, weight: Value) -> Value:
+        """Normalize over the last dimension of x; a weight of two dimensions has a row for each head."""
+
+    @abstractmethod
+    def unit_norm(self, x: Value, eps: float) -> Value:
+        """RMSNorm over the last dimension, without a weight."""
 
     @abstractmethod
     def linear(self, x: Value, weight: Value) -> Value:
@@ -60,16 +93,28 @@ class Ops(ABC):
         """The output of a linear, cut along its last dimension into the parts that were fused in `weight`."""
 
     @abstractmethod
-    def add(self, a: Value, b: Value) -> Value:
+    def add(self, a: Value, b: Value | float) -> Value:
         """a + b."""
 
     @abstractmethod
-    def mul(self, a: Value, b: Value) -> Value:
-        """a * b."""
+    def mul(self, a: Value, b: Value | float) -> Value:
+        """a * b; where b is a value, its last dimension may be 1."""
+
+    @abstractmethod
+    def clamp(self, x: Value, low: float | None, high: float | None) -> Value:
+        """x cut off at both ends, or at one."""
+
+    @abstractmethod
+    def tanh(self, x: Value) -> Value:
+        """The hyperbolic tangent, element by element."""
+
+    @abstractmethod
+    def sigmoid(self, x: Value) -> Value:
+        """1 / (1 + exp(-x)), element by element."""
 
     @abstractmethod
     def activation(self, x: Value, kind: str) -> Value:
-        """'silu', 'gelu', 'gelu_tanh' or 'relu', element by element."""
+        """A kind of `converters.spec.Activation`, element by element."""
 
     @abstractmethod
     def heads(self, x: Value, head_dim: int) -> Value:
@@ -80,10 +125,47 @@ class Ops(ABC):
         """Rotate the first `rope.dim` features of each head of x [T, heads, head_dim] by the step's positions."""
 
     @abstractmethod
-    def attention(self, q: Value, k: Value, v: Value, layer: int, step: Step) -> Value:
+    def scale_queries(self, q: Value, floor: float, scale: float, step: Step) -> Value:
+        """q [T, heads, head_dim] times a factor of its position; see `converters.spec.QueryScaling`."""
+
+    @abstractmethod
+    def attention(self, q: Value, k: Value, v: Value, layer: int, step: Step, sinks: Value | None = None) -> Value:
         """Append k, v [T, kv_heads, head_dim] to the cache of `layer` and attend with q [T, heads, head_dim].
 
-        Causal, within the layer's window, scaled by head_dim**-0.5 → [T, heads * head_dim].
+        Causal; scale, window, ALiBi and soft cap are those the spec says for the layer → [T, heads * head_dim].
+
+        Args:
+            sinks: [heads] logits that take part in the softmax and have no value.
+        """
+
+    @abstractmethod
+    def latent_attention(
+        self, q: Value, latent: Value, k_rope: Value, k_up: Value, v_up: Value, layer: int, step: Step
+    ) -> Value:
+        """Append the latent to the cache of `layer` and attend with q to the keys and values it stands for.
+
+        Args:
+            q: [T, heads, head_dim], of which the first rope_dim features are rotated.
+            latent: [T, rank].
+            k_rope: [T, 1, rope_dim], rotated; the first features of every head's key.
+            k_up, v_up: linears from the latent to [heads * (head_dim - rope_dim)] and [heads * value_dim].
+
+        Returns:
+            [T, heads * value_dim].
+        """
+
+    @abstractmethod
+    def route(self, x: Value, router: Value, correction: Value | None, moe: MoE) -> tuple[Value, Value]:
+        """The experts of each token of x [T, H] and their weights: ids and fp32, [T, top_k] each; computed in fp32."""
+
+    @abstractmethod
+    def experts(
+        self, x: Value, routing: tuple[Value, Value], experts: Sequence[Mlp], activation: Activation, weighs_input: bool
+    ) -> Value:
+        """Send each token of x [T, H] through its experts → the weighted sum [T, H], summed over ranks by the caller.
+
+        Args:
+            weighs_input: the weights multiply what goes into an expert instead.
         """
 
     @abstractmethod
@@ -106,13 +188,25 @@ class Ops(ABC):
         """Several linears that read the same input; `group` is what `load_linear` made of each, or of all fused."""
         return [part for weight in group for part in self.split(self.linear(x, weight), weight)]
 
-    def add_norm(self, x: Value, delta: Value | None, weight: Value, eps: float) -> tuple[Value, Value]:
+    def add_norm(self, x: Value, delta: Value | None, weight: Value) -> tuple[Value, Value]:
         """The residual stream x + delta, and its norm. No delta yet (the first layer): x itself."""
         if delta is not None:
             x = self.add(x, delta)
-        return x, self.norm(x, weight, eps)
+        return x, self.norm(x, weight)
 
-    def gated_mlp(self, x: Value, gate_up: Value, down: Value, kind: str) -> Value:
-        """down(activation(gate(x)) * up(x)), summed over ranks by the caller."""
-        gate, up = self.linears(x, gate_up)
-        return self.linear(self.mul(self.activation(gate, kind), up), down)
+    def mlp(self, x: Value, weights: Mlp, activation: Activation) -> Value:
+        """[T, H] → [T, H], summed over ranks by the caller; see `converters.spec.Activation`."""
+        *gates, up = self.linears(x, weights.gate_up)
+        if not gates:
+            return self.linear(self.activation(up, activation.kind), weights.down)
+        (gate,) = gates
+        if activation.limit is not None:
+            gate = self.clamp(gate, None, activation.limit)
+            up = self.clamp(up, -activation.limit, activation.limit)
+        if activation.offset:
+            up = self.add(up, activation.offset)
+        return self.linear(self.mul(self.activation(gate, activation.kind), up), weights.down)
+
+    def soft_cap(self, x: Value, cap: float) -> Value:
+        """cap * tanh(x / cap)."""
+        return self.mul(self.tanh(self.mul(x, 1 / cap)), cap)

@@ -1,8 +1,8 @@
 """The reference op set: plain torch on any device, the oracle of every other.
 
 Quantized weights are dequantized when they are loaded; their activations are rounded as the format says, so what is
-computed is what the stored tensors mean. The KV cache is paged: per layer `keys` and `values` are
-[blocks, block_size, kv_heads, head_dim].
+computed is what the stored tensors mean. The KV cache is paged: per layer keys and values are
+[blocks, block_size, kv_heads, head_dim]; or latents, [blocks, block_size, 1, rank + rope_dim].
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtx.converters.spec import ModelSpec, Rope
+from trtx.converters.spec import Activation, Alibi, ModelSpec, MoE, Norm, Rope
 from trtx.quantize.formats import E4M3, round_e4m3, to_e4m3
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.kv_layout import KVGroup, KVLayout, kv_groups, layer_places
-from trtx.runtime.ops.base import Ops
+from trtx.runtime.ops.base import Mlp, Ops
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 _FEW_ROWS = range(6, 33)
@@ -50,8 +52,20 @@ class ResidentLinear:
     rows: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ResidentNorm:
+    """A norm ready to be applied: in fp32 where the offset was added, which would be rounded away in fewer bits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: Norm
+
+
 class TorchKVCache:
     """The paged KV cache of one rank.
+
+    Attributes:
+        arrays: keys and values, or latents alone: [slots, blocks, block_size, kv_heads, head_dim] each.
 
     Args:
         scales: per layer the (key, value) scales of an fp8 cache; None for a cache in `dtype`.
@@ -71,38 +85,37 @@ class TorchKVCache:
         shape = (layout.slots, blocks, layout.block_size, layout.kv_heads, layout.head_dim)
         # Codes of an fp8 cache are kept as bytes: torch can't gather E4M3.
         stored = torch.uint8 if dtype == E4M3 else dtype
-        self.keys = torch.zeros(shape, dtype=stored, device=device)
-        self.values = torch.zeros(shape, dtype=stored, device=device)
+        self.arrays = [torch.zeros(shape, dtype=stored, device=device) for _ in range(layout.arrays)]
 
     def clear(self, blocks: Tensor) -> None:
         """Zero `blocks` [N] of every layer."""
-        self.keys.index_fill_(1, blocks, 0)
-        self.values.index_fill_(1, blocks, 0)
+        for array in self.arrays:
+            array.index_fill_(1, blocks, 0)
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [T, kv_heads, head_dim] at `positions` [T] (block * block_size + offset)."""
+    def write(self, layer: int, positions: Tensor, *rows: Tensor) -> None:
+        """Store `rows` [T, kv_heads, head_dim], one of each array, at `positions` [T] (block * block_size + offset)."""
         _, slot = self.layout.places[layer]
-        for cache, new, which in ((self.keys, k, 0), (self.values, v, 1)):
-            cache[slot].flatten(0, 1).index_copy_(0, positions, self._encode(new, layer, which))
+        for which, (array, new) in enumerate(zip(self.arrays, rows, strict=True)):
+            array[slot].flatten(0, 1).index_copy_(0, positions, self._encode(new, layer, which))
 
-    def read(self, layer: int, blocks: Tensor, dtype: torch.dtype, scratch: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Keys and values of `blocks` [B, N] → two of [B, N * block_size, kv_heads, head_dim] in `dtype`.
+    def read(self, layer: int, blocks: Tensor, dtype: torch.dtype, scratch: Sequence[Tensor]) -> list[Tensor]:
+        """What `blocks` [B, N] hold → an array each of [B, N * block_size, kv_heads, head_dim] in `dtype`.
 
         Args:
-            scratch: two buffers of that size in the stored dtype, overwritten.
+            scratch: a buffer of that size for each, in the stored dtype, overwritten.
         """
         _, slot = self.layout.places[layer]
         found = []
-        for cache, buffer, which in ((self.keys, scratch[0], 0), (self.values, scratch[1], 1)):
-            torch.index_select(cache[slot].flatten(1), 0, blocks.flatten(), out=buffer.view(blocks.numel(), -1))
+        for which, (array, buffer) in enumerate(zip(self.arrays, scratch, strict=True)):
+            torch.index_select(array[slot].flatten(1), 0, blocks.flatten(), out=buffer.view(blocks.numel(), -1))
             found.append(self._decode(buffer, layer, which, dtype))
         return found
 
-    def scratch(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    def scratch(self, blocks: Tensor) -> list[Tensor]:
         """Buffers for `read`: allocated once a step, since fresh pages cost more than the copy."""
         batch, count = blocks.shape
         shape = (batch, count * self.layout.block_size, self.layout.kv_heads, self.layout.head_dim)
-        return self.keys.new_empty(shape), self.keys.new_empty(shape)
+        return [array.new_empty(shape) for array in self.arrays]
 
     def _encode(self, x: Tensor, layer: int, which: int) -> Tensor:
         if self.scales is None:
@@ -122,7 +135,7 @@ class _Bucket:
     Attributes:
         tokens: their tokens among the step's T.
         batch: number of sequences, all with the same number of tokens Q.
-        mask: additive, [B, 1, G * Q, S]: G query heads share a key head and are folded into the rows.
+        mask: additive, [B, 1 or kv_heads, G * Q, S]: G query heads share a key head and are folded into the rows.
         blocks: [B, N] of the cache, or None without a cache (the keys are the step's own).
     """
 
@@ -130,7 +143,7 @@ class _Bucket:
     batch: int
     mask: Tensor
     blocks: Tensor | None
-    scratch: tuple[Tensor, Tensor] | None = None
+    scratch: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -181,8 +194,16 @@ class TorchOps(Ops):
 
     # Weights.
 
-    def load_tensor(self, name: str, tensor: Tensor) -> Tensor:
+    def load_table(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
+
+    def load_norm(self, name: str, weight: Tensor, bias: Tensor | None, norm: Norm) -> ResidentNorm:
+        weight = weight.to(self.device)
+        weight = weight.float() + norm.offset if norm.offset else weight.to(self.dtype)
+        return ResidentNorm(weight, None if bias is None else bias.to(self.device, weight.dtype), norm)
+
+    def load_vector(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
 
     def load_linear(self, weight: LinearWeight) -> ResidentLinear:
         tensors = {suffix: tensor.to(self.device) for suffix, tensor in weight.tensors.items()}
@@ -195,6 +216,10 @@ class TorchOps(Ops):
             activation=(lambda x: form.activation(x, kept)) if kept else None,
             rows=weight.rows,
         )
+
+    def load_router(self, weight: LinearWeight) -> ResidentLinear:
+        bias = None if weight.bias is None else weight.bias.to(self.device, torch.float32)
+        return ResidentLinear(weight.dense(torch.float32).to(self.device), bias, None, weight.rows)
 
     def tie(self, table: Tensor) -> ResidentLinear:
         return ResidentLinear(table, bias=None, activation=None, rows=(len(table),))
@@ -243,10 +268,10 @@ class TorchOps(Ops):
         """Whole sequences of equal length, token_ids [B, S], without a KV cache; every position wants logits."""
         batch, length = token_ids.shape
         positions = torch.arange(length, device=self.device)
-        groups = kv_groups(self.spec.windows)
+        groups = kv_groups(self.spec.windows, self.spec.chunked)
         buckets = []
         for group in groups:
-            mask = self._mask(positions[None], positions[None], group.window)
+            mask = self._mask(positions[None], positions[None], group)
             buckets.append([_Bucket(slice(0, batch * length), batch, mask, None)])
         return TorchStep(
             token_ids=token_ids.to(self.device).flatten(),
@@ -268,36 +293,52 @@ class TorchOps(Ops):
         blocks = self._ids([table + [0] * (width - len(table)) for table in tables]).view(len(pieces), width)
         queries = self._ids([p for piece in pieces for p in range(piece.start, piece.end)]).view(len(pieces), count)
         keys = torch.arange(width * size, device=self.device)[None]
-        mask = self._mask(queries, keys, group.window)
+        mask = self._mask(queries, keys, group)
         return _Bucket(slice(start, start + len(pieces) * count), len(pieces), mask, blocks, cache.scratch(blocks))
 
-    def _mask(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-        """Additive mask [B, 1, G * Q, S]: a query at [B, Q] sees keys at [B or 1, S] up to itself, within the window.
+    def _mask(self, queries: Tensor, keys: Tensor, group: KVGroup) -> Tensor:
+        """Additive mask [B, 1 or kv_heads, G * Q, S]: queries at [B, Q] see keys at [B or 1, S] up to themselves.
 
-        Repeated for the G query heads that share a key head.
+        Not beyond the group's window, and with the bias of each of the G query heads that share a key head.
         """
         distance = queries[:, :, None] - keys[:, None, :]
         hidden = distance < 0
-        if window is not None:
-            hidden |= distance >= window
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        sharing = self.spec.num_heads // self.spec.num_kv_heads
-        return mask.masked_fill_(hidden, float("-inf"))[:, None].repeat(1, 1, sharing, 1)
+        if group.window is not None:
+            reach = (queries % group.window + 1)[:, :, None] if group.chunked else group.window
+            hidden |= distance >= reach
+        sharing = self.spec.num_heads // self.spec.cached_heads
+        if self.spec.alibi is None:
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+            return mask.masked_fill_(hidden, float("-inf"))[:, None].repeat(1, 1, sharing, 1)
+        bias = alibi_bias(self.spec.alibi, self.spec.num_heads, keys)[:, :, None, :]
+        mask = torch.where(hidden[:, None], float("-inf"), bias).to(self.dtype)
+        return mask.unflatten(1, (-1, sharing)).flatten(2, 3)
 
     def _ids(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
     # Core words.
 
-    def embed(self, step: TorchStep, table: Tensor) -> Tensor:
-        return F.embedding(step.token_ids, table)
+    def embed(self, step: TorchStep, table: Tensor, scale: float = 1.0) -> Tensor:
+        rows = F.embedding(step.token_ids, table)
+        return rows if scale == 1 else rows * torch.tensor(scale, dtype=self.dtype, device=self.device)
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.device.type == "cuda":
-            return F.rms_norm(x, weight.shape, weight, eps)
+    def embed_positions(self, step: TorchStep, table: Tensor) -> Tensor:
+        return F.embedding(step.positions, table)
+
+    def norm(self, x: Tensor, weight: ResidentNorm) -> Tensor:
+        norm = weight.norm
+        if norm.kind == "layer":
+            return _layer_norm(x, weight)
+        if x.device.type == "cuda" and weight.weight.dtype == x.dtype:
+            return F.rms_norm(x, weight.weight.shape, weight.weight, norm.eps)
+        normal = self.unit_norm(x if weight.weight.dtype == x.dtype else x.float(), norm.eps)
+        return (normal * weight.weight).to(x.dtype)
+
+    def unit_norm(self, x: Tensor, eps: float) -> Tensor:
         # On a CPU torch expands rms_norm into more passes over x than this takes.
         scale = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        return (x * scale).to(x.dtype) * weight
+        return (x * scale).to(x.dtype)
 
     def linear(self, x: Tensor, weight: ResidentLinear) -> Tensor:
         if weight.activation is not None:
@@ -310,11 +351,20 @@ class TorchOps(Ops):
     def split(self, y: Tensor, weight: ResidentLinear) -> Sequence[Tensor]:
         return y.split(weight.rows, dim=-1)
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
+    def add(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a + b
 
-    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+    def mul(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a * b
+
+    def clamp(self, x: Tensor, low: float | None, high: float | None) -> Tensor:
+        return x.clamp(low, high)
+
+    def tanh(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
 
     def activation(self, x: Tensor, kind: str) -> Tensor:
         return _ACTIVATIONS[kind](x)
@@ -331,33 +381,116 @@ class TorchOps(Ops):
             return torch.addcmul(x * cos, x.roll(rope.dim // 2, dims=-1), sin)
         return torch.cat([self.rope(x[..., : rope.dim], rope, step), x[..., rope.dim :]], dim=-1)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: TorchStep) -> Tensor:
+    def scale_queries(self, q: Tensor, floor: float, scale: float, step: TorchStep) -> Tensor:
+        factor = 1 + scale * torch.log1p(torch.floor((step.positions.float() + 1) / floor))
+        return (q * factor[:, None, None]).to(q.dtype)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: TorchStep, sinks: Tensor | None = None
+    ) -> Tensor:
+        if step.cache is None and self.kv_scales is not None:
+            k, v = (round_e4m3(x, scale) for x, scale in zip((k, v), self.kv_scales[layer], strict=True))
+        return self._attend(q, (k, v), layer, step, sinks).flatten(1)
+
+    def latent_attention(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        k_up: ResidentLinear,
+        v_up: ResidentLinear,
+        layer: int,
+        step: TorchStep,
+    ) -> Tensor:
+        """In its absorbed form: k_up is multiplied into the queries, so that latents serve as keys and as values."""
+        heads, rotated, rank = q.shape[1], k_rope.shape[-1], latent.shape[-1]
+        rope, rest = q.split([rotated, q.shape[-1] - rotated], dim=-1)
+        absorbed = torch.einsum("thd,hdr->thr", rest, k_up.weight.view(heads, -1, rank))
+        row = torch.cat([latent[:, None], k_rope], dim=-1)
+        attended = self._attend(torch.cat([absorbed, rope], dim=-1), (row,), layer, step, None)
+        return torch.einsum("thr,hdr->thd", attended, v_up.weight.view(heads, -1, rank)).flatten(1)
+
+    def _attend(self, q: Tensor, new: tuple[Tensor, ...], layer: int, step: TorchStep, sinks: Tensor | None) -> Tensor:
+        """Cache keys and values, or latents, `new`, and attend to all there are → [T, heads, features of a value]."""
         group, _ = step.places[layer]
         if step.cache is not None:
-            step.cache.write(layer, step.writes[group], k, v)
-        elif self.kv_scales is not None:
-            k, v = (round_e4m3(x, scale) for x, scale in zip((k, v), self.kv_scales[layer], strict=True))
-        outputs = [self._attend(q, k, v, layer, bucket, step.cache) for bucket in step.buckets[group]]
+            step.cache.write(layer, step.writes[group], *new)
+        outputs = [self._attend_bucket(q, new, layer, bucket, step.cache, sinks) for bucket in step.buckets[group]]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, bucket: _Bucket, cache: TorchKVCache | None
+    def _attend_bucket(
+        self,
+        q: Tensor,
+        new: tuple[Tensor, ...],
+        layer: int,
+        bucket: _Bucket,
+        cache: TorchKVCache | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        """One bucket: query heads that share a key head become rows, so keys are never repeated."""
-        kv_heads, head_dim = k.shape[1:]
-        if cache is not None and bucket.blocks is not None and bucket.scratch is not None:
-            keys, values = cache.read(layer, bucket.blocks, q.dtype, bucket.scratch)
+        """Query heads that share a key head become rows, so keys are never repeated."""
+        if cache is not None and bucket.blocks is not None:
+            arrays = cache.read(layer, bucket.blocks, q.dtype, bucket.scratch)
         else:
-            keys, values = (x[bucket.tokens].unflatten(0, (bucket.batch, -1)) for x in (k, v))
-        sharing = q.shape[1] // kv_heads
-        queries = q[bucket.tokens].view(bucket.batch, -1, kv_heads, sharing, head_dim)
+            arrays = [x[bucket.tokens].unflatten(0, (bucket.batch, -1)) for x in new]
+        keys = arrays[0].transpose(1, 2)
+        values = arrays[-1].transpose(1, 2)
+        if self.spec.latent:
+            values = values[..., : self.spec.latent.rank]
+        heads, kv_heads = q.shape[1], keys.shape[1]
+        queries = q[bucket.tokens].view(bucket.batch, -1, kv_heads, heads // kv_heads, q.shape[-1])
         folded = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = self.sdpa(layer, folded, keys.transpose(1, 2), values.transpose(1, 2), bucket.mask)
-        return out.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).reshape(-1, q.shape[1] * head_dim)
+        mask = bucket.mask
+        if sinks is not None:
+            keys, values, mask = _with_sinks(keys, values, mask, sinks)
+        out = self.sdpa(layer, folded, keys, values, mask, self.spec.attention_scale_of(layer))
+        return out.unflatten(2, (heads // kv_heads, -1)).permute(0, 3, 1, 2, 4).reshape(-1, heads, values.shape[-1])
 
-    def sdpa(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """[B, kv_heads, G * Q, head_dim], [B, kv_heads, S, head_dim] twice, additive mask → like the queries."""
-        return F.scaled_dot_product_attention(queries, keys, values, mask)
+    def sdpa(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """[B, kv_heads, G * Q, D], [B, kv_heads, S, D], [B, kv_heads, S, E] and a mask → [B, kv_heads, G * Q, E]."""
+        return attend(queries, keys, values, mask, scale, self.spec.attention_softcap)
+
+    def route(self, x: Tensor, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x.float(), router.weight, router.bias)
+        if moe.scores == "sparsemixer":
+            return _sparsemixer(logits, moe)
+        scores = logits
+        if moe.scores != "top_softmax":
+            scores = logits.sigmoid() if moe.scores == "sigmoid" else logits.softmax(-1)
+        chosen = _choose(scores if correction is None else scores + correction, moe)
+        weights = scores.gather(-1, chosen)
+        if moe.scores == "top_softmax":
+            weights = weights.softmax(-1)
+        if moe.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * moe.scale
+
+    def experts(
+        self,
+        x: Tensor,
+        routing: tuple[Tensor, Tensor],
+        experts: Sequence[Mlp],
+        activation: Activation,
+        weighs_input: bool,
+    ) -> Tensor:
+        """Tokens are sorted by expert, so that each expert that is used multiplies its own once."""
+        chosen, weights = routing
+        order = chosen.flatten().argsort(stable=True)
+        tokens, sorted_weights = order // chosen.shape[1], weights.flatten()[order, None]
+        counts = chosen.flatten().bincount(minlength=len(experts)).tolist()
+        out = torch.zeros_like(x)
+        start = 0
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            mine = slice(start, start + count)
+            start += count
+            inputs, weight = x[tokens[mine]], sorted_weights[mine]
+            if weighs_input:
+                y = self.mlp((inputs * weight).to(x.dtype), experts[expert], activation)
+            else:
+                y = (self.mlp(inputs, experts[expert], activation) * weight).to(x.dtype)
+            out.index_add_(0, tokens[mine], y)
+        return out
 
     def rows(self, x: Tensor, step: TorchStep) -> Tensor:
         return x if len(step.rows) == len(x) else x[step.rows]
@@ -365,15 +498,98 @@ class TorchOps(Ops):
     def _rope_table(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin [max_positions, dim], both halves; sin is negated in the first half, as `rope` needs it."""
         if rope not in self._tables:
-            angles = torch.outer(torch.arange(self.max_positions).float(), inverse_frequencies(rope))
-            cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+            frequencies, factor = frequencies_for(rope, self.max_positions)
+            angles = torch.outer(torch.arange(self.max_positions).float(), frequencies)
+            cos, sin = angles.cos() * factor, angles.sin() * factor
             halves = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
             self._tables[rope] = halves[0].to(self.device, self.dtype), halves[1].to(self.device, self.dtype)
         return self._tables[rope]
 
 
-def inverse_frequencies(rope: Rope) -> Tensor:
-    """Radians a position for each pair of features, [dim / 2], fp32, with the scaling of `rope` applied."""
+def _layer_norm(x: Tensor, weight: ResidentNorm) -> Tensor:
+    size = (x.shape[-1],)
+    if weight.weight.dim() == 1:
+        exact = x.to(weight.weight.dtype)
+        return F.layer_norm(exact, size, weight.weight, weight.bias, weight.norm.eps).to(x.dtype)
+    return F.layer_norm(x, size, eps=weight.norm.eps) * weight.weight
+
+
+def _with_sinks(keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One more key of zeros with a value of zeros, which each head's mask gives its sink as score.
+
+    Args:
+        sinks: [heads]; the mask's rows are [kv_heads, G * Q].
+    """
+    batch, kv_heads = keys.shape[:2]
+    rows = mask.shape[2]
+    each = sinks.view(kv_heads, -1, 1).expand(-1, -1, rows * kv_heads // len(sinks)).reshape(1, kv_heads, rows, 1)
+    mask = torch.cat([mask.expand(batch, kv_heads, -1, -1), each.to(mask.dtype).expand(batch, -1, -1, -1)], dim=-1)
+    return F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1)), mask
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Scaled dot-product attention, with a soft cap on the scores (Gemma 2, arXiv:2408.00118) where there is one.
+
+    Shapes as in `TorchOps.sdpa`.
+    """
+    if cap is None:
+        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+    scores = torch.matmul(queries, keys.transpose(-1, -2)) * scale
+    capped = torch.tanh(scores / cap) * cap + mask
+    return torch.matmul(capped.float().softmax(-1).to(values.dtype), values)
+
+
+def alibi_bias(alibi: Alibi, heads: int, positions: Tensor) -> Tensor:
+    """What is added to the scores of keys at `positions` [B, S] → [B, heads, S], fp32."""
+    power = 1 << (heads.bit_length() - 1)
+    exponents = [alibi.max_bias * i / power for i in range(1, power + 1)]
+    exponents += [alibi.max_bias * i / (2 * power) for i in range(1, 2 * (heads - power), 2)]
+    slopes = torch.tensor([2.0**-exponent for exponent in exponents], device=positions.device)
+    if alibi.rounded:
+        return (slopes.bfloat16()[:, None] * positions[:, None].bfloat16()).float() * alibi.scale
+    return slopes[:, None] * positions[:, None] * alibi.scale
+
+
+def _choose(scores: Tensor, moe: MoE) -> Tensor:
+    """The experts [T, top_k] with the largest scores [T, experts], from the best groups."""
+    if moe.groups > 1:
+        grouped = scores.unflatten(-1, (moe.groups, -1))
+        best = grouped.topk(1 if moe.group_score == "max" else 2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(moe.top_groups, dim=-1).indices, True)
+        scores = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+    return scores.topk(moe.top_k, dim=-1).indices
+
+
+def _sparsemixer(logits: Tensor, moe: MoE) -> tuple[Tensor, Tensor]:
+    """One expert after the other: each weighs its softmax among those not chosen and not far below it.
+
+    Far is a distance, relative to the larger of the best logit and the other's magnitude, of more than 2 * jitter.
+    """
+    chosen, weights, left = [], [], logits
+    for _ in range(moe.top_k):
+        best, expert = left.max(-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * moe.jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, expert))
+        chosen.append(expert)
+        left = left.scatter(-1, expert, float("-inf"))
+    return torch.cat(chosen, -1), torch.cat(weights, -1)
+
+
+def frequencies_for(rope: Rope, max_positions: int) -> tuple[Tensor, float]:
+    """Frequencies of an engine whose sequences have up to `max_positions` tokens, and the factor of cos and sin."""
+    long = rope.scaling == "longrope" and max_positions > rope.original_max_position
+    factor = rope.attention_factor
+    if long and rope.long_attention_factor is not None:
+        factor = rope.long_attention_factor
+    return inverse_frequencies(rope, long), factor
+
+
+def inverse_frequencies(rope: Rope, long: bool = False) -> Tensor:
+    """Radians a position for each pair of features, [dim / 2], fp32, with the scaling of `rope` applied.
+
+    Args:
+        long: use the long factors of 'longrope'.
+    """
     pairs = torch.arange(0, rope.dim, 2, dtype=torch.int64).float()
     base = 1.0 / rope.theta ** (pairs / rope.dim)
     if rope.scaling == "linear":
@@ -382,6 +598,8 @@ def inverse_frequencies(rope: Rope) -> Tensor:
         return _llama3_frequencies(base, rope)
     if rope.scaling == "yarn":
         return _yarn_frequencies(base, rope)
+    if rope.scaling == "longrope":
+        return base / torch.tensor(rope.long_factors if long else rope.short_factors)
     return base
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trtx.converters.families import LLAMA, find_family
 from trtx.converters.spec import ModelSpec, Rope
 
 from . import tiny
+from .families import dense
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -46,8 +48,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config_of(family: str = "llama", **settings: Any) -> dict[str, Any]:
     """A transformers-4 style config.json."""
-    config = tiny.CLASSES[family][0](**tiny.SIZES).to_dict()
-    config |= {"architectures": [tiny.CLASSES[family][1].__name__]}
+    variant = replace(tiny.VARIANTS[family], settings=tiny.SIZES)
+    config = tiny.config_of(variant).to_dict() | {"architectures": [variant.model.split(":")[1]]}
     theta = config.pop("rope_parameters")["rope_theta"]
     return {**config, "rope_theta": theta, "rope_scaling": None, "torch_dtype": config.pop("dtype"), **settings}
 
@@ -77,20 +79,20 @@ def test_spec_says_what_the_transformers_config_says(name: str, tmp_path: Path) 
     assert (spec.hidden_size, spec.intermediate_size, spec.num_heads) == (32, 48, 4)
     assert spec.num_kv_heads == config.num_key_value_heads
     assert spec.head_dim == spec.rope.dim == model.model.layers[0].self_attn.head_dim
-    assert spec.norm_eps == config.rms_norm_eps
+    assert spec.norm.eps == config.rms_norm_eps
     assert spec.tied_embeddings == config.tie_word_embeddings
     attention = model.model.layers[0].self_attn
     assert spec.qkv_bias == (attention.q_proj.bias is not None)
     assert spec.o_bias == (attention.o_proj.bias is not None)
     assert spec.mlp_bias == (model.model.layers[0].mlp.up_proj.bias is not None)
-    assert spec.qk_norm == hasattr(attention, "q_norm")
+    assert (spec.qk_norm == "head") == hasattr(attention, "q_norm")
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers]
     if family == "mistral":
         windows = [config.sliding_window] * 3
     assert list(spec.windows) == windows
     assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert spec.rope.theta == config.rope_parameters["rope_theta"]
-    assert spec.activation == {"silu": "silu", "gelu_new": "gelu_tanh"}[config.hidden_act]
+    assert spec.activation.kind == {"silu": "silu", "gelu_new": "gelu_tanh"}[config.hidden_act]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_spec_says_what_the_transformers_config_says(name: str, tmp_path: Path) 
     ],
 )
 def test_yarn_attention_factor_is_that_of_transformers(parameters: dict[str, Any]) -> None:
-    config = tiny.CLASSES["llama"][0](**tiny.SIZES, rope_parameters={**YARN, **parameters})
+    config = tiny.config_of(dense.llama(rope_parameters={**YARN, **parameters}))
     _, expected = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
     rope = spec_of({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}).rope
     assert rope.scaling == "yarn"

@@ -1,36 +1,45 @@
-"""Tiny random models of every family, made by transformers: the oracle of conversion."""
+"""Tiny random models of every family, made by transformers: the oracle of conversion and of the decoder."""
 
 from __future__ import annotations
 
+import copy
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama import LlamaConfig, LlamaForCausalLM
-from transformers.models.mistral import MistralConfig, MistralForCausalLM
-from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
+from tests.converters.families import classic, dense, modern
+from tests.converters.families.variant import SIZES, Variant
 from trtx.converters.convert import convert
 
-CLASSES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+VARIANTS: dict[str, Variant] = {**dense.VARIANTS, **modern.VARIANTS, **classic.VARIANTS}
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
+SDPA_ONLY = ("falcon",)
+"""Families that transformers' eager attention computes wrongly: with ALiBi it adds the bias twice."""
+
+
+def of(variant: Variant) -> PreTrainedModel:
+    """transformers' model of a variant, with exact attention and every expert computed apart."""
+    config = config_of(variant)
+    config._attn_implementation = "sdpa" if variant.family in SDPA_ONLY else "eager"
+    model = _class(variant.model)(config)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def config_of(variant: Variant) -> Any:
+    """transformers' config of a variant. The config class writes into what it is given."""
+    return _class(variant.config)(**copy.deepcopy(variant.settings))
 
 
 def make(family: str, **settings: Any) -> PreTrainedModel:
     """A model of `family` whose every parameter is random, norms and biases included."""
-    config_class, model_class = CLASSES[family]
-    model = model_class(config_class(**{**SIZES, **settings}))
+    model = of(replace(VARIANTS[family], settings={**SIZES, **settings}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,14 +51,32 @@ def randomize(model: PreTrainedModel, seed: int, gain: float) -> PreTrainedModel
     """Draw every parameter again: norms near 1, matrices such that each multiplies its input's size by about `gain`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.normal_(1, 0.2, generator=generator)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.3, generator=generator)
-            else:
-                parameter.normal_(0, gain / parameter.shape[1] ** 0.5, generator=generator)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                _draw(module, name, parameter, gain, generator)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name == "e_score_correction_bias":
+                    buffer.normal_(0, 0.2, generator=generator)
     return model.eval()
+
+
+def _draw(module: nn.Module, name: str, parameter: nn.Parameter, gain: float, generator: torch.Generator) -> None:
+    kind = type(module).__name__
+    if name.endswith("bias"):
+        parameter.normal_(0, 0.3, generator=generator)
+    elif "Norm" in kind:
+        stores_offset = "Gemma" in kind or kind == "NemotronLayerNorm1P"
+        parameter.normal_(0 if stores_offset else 1, 0.2, generator=generator)
+    elif parameter.dim() == 1:
+        parameter.normal_(0, 1, generator=generator)  # sinks
+    else:
+        inputs = parameter.shape[0] if kind == "Conv1D" else parameter.shape[-1]
+        parameter.normal_(0, gain / inputs**0.5, generator=generator)
+
+
+def _class(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(f"transformers.models.{module}"), name)
 
 
 def checkpoint_of(model: PreTrainedModel, folder: Path) -> Path:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.converters.tiny import checkpoint_of
-from tests.runtime.models import VARIANTS, assert_greedy, engine_of, random_model
+from tests.converters.tiny import VARIANTS, checkpoint_of
+from tests.runtime.models import assert_greedy, engine_of, random_model
 from tests.runtime.test_decoder import GREEDY, relative_error
 from tests.runtime.test_smollm2 import PROMPTS
 from trtx.converters.checkpoint import Checkpoint

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from tests.converters.tiny import checkpoint_of
-from tests.runtime.models import VARIANTS, assert_greedy, engine_of, random_model
+from tests.converters.tiny import VARIANTS, checkpoint_of
+from tests.runtime.models import assert_greedy, engine_of, random_model
 from trtx.converters.checkpoint import Checkpoint
 from trtx.converters.random_weights import random_tensor
 from trtx.runtime.batch import SequenceSlice
@@ -117,7 +117,7 @@ def test_what_an_earlier_request_left_in_the_cache_does_no_harm(name, tmp_path):
     model = random_model(name)
     llm = LLM(engine_of(checkpoint_of(model, tmp_path), tmp_path / "engine", max_num_tokens=24))
     with torch.inference_mode():
-        for cache in (llm.executor.runner.cache.keys, llm.executor.runner.cache.values):
+        for cache in llm.executor.runner.cache.arrays:
             cache[:, 1:] = float("nan")
     prompts = [[7] * length for length in (1, 16, 17, 50)]
     for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
@@ -125,7 +125,7 @@ def test_what_an_earlier_request_left_in_the_cache_does_no_harm(name, tmp_path):
         assert_greedy(model, prompt, completion.token_ids)
 
 
-@pytest.mark.parametrize("word", ["linears", "add_norm", "gated_mlp"])
+@pytest.mark.parametrize("word", ["linears", "add_norm", "mlp"])
 def test_fused_words_equal_their_expansions(word, tmp_path):
     """An op set's fused word means what the vocabulary's default expansion says."""
     checkpoint = Checkpoint(checkpoint_of(random_model("llama-biases"), tmp_path))
@@ -134,9 +134,9 @@ def test_fused_words_equal_their_expansions(word, tmp_path):
     layer = decoder.layers[0]
     x, delta = (random_tensor(name, (5, 32), torch.float32, 3) * 50 for name in ("x", "delta"))
     arguments = {
-        "linears": (x, layer.qkv),
-        "add_norm": (x, delta, layer.attn_norm, 1e-5),
-        "gated_mlp": (x, layer.gate_up, layer.down, "silu"),
+        "linears": (x, layer["attn.qkv"]),
+        "add_norm": (x, delta, layer["attn_norm"]),
+        "mlp": (x, layer["mlp"], checkpoint.spec.activation),
     }[word]
     ours, twin = getattr(ops, word)(*arguments), getattr(Ops, word)(ops, *arguments)
     torch.testing.assert_close(ours, twin)
@@ -145,4 +145,4 @@ def test_fused_words_equal_their_expansions(word, tmp_path):
 def test_tied_embedding_is_held_once(tmp_path):
     checkpoint = Checkpoint(checkpoint_of(random_model("llama-tied"), tmp_path))
     decoder = load(WeightStore.of_checkpoint(checkpoint), TorchOps(checkpoint.spec, torch.bfloat16))
-    assert decoder.lm_head.weight.data_ptr() == decoder.embedding.data_ptr()
+    assert decoder.top["lm_head"].weight.data_ptr() == decoder.top["embed"].data_ptr()
