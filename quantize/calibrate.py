@@ -9,18 +9,19 @@ rounded twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from trtx.converters.errors import InputError
-from trtx.converters.spec import ModelSpec
+from trtx.converters.spec import Activation, ModelSpec
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.decoder import Decoder
-from trtx.runtime.ops.base import Ops, Value
-from trtx.runtime.ops.torch_ops import TorchOps, attend
+from trtx.runtime.ops.base import Mlp, Ops, Value
+from trtx.runtime.ops.torch_attention import attend
+from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.weights import WeightStore, fused_groups, load
 
 
@@ -89,6 +90,21 @@ class CalibrateOps(TorchOps):
 
     def sdpa(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
         return self.attentions[layer](queries, keys, values, mask, scale)
+
+    def experts(
+        self,
+        x: Tensor,
+        routing: tuple[Tensor, Tensor],
+        experts: Sequence[Mlp],
+        activation: Activation,
+        weighs_input: bool,
+    ) -> Tensor:
+        """An expert that no token of the batch chose sees them all, or it might never be calibrated."""
+        used = set(routing[0].unique().tolist())
+        for index, expert in enumerate(experts):
+            if index not in used:
+                self.mlp(x, expert, activation)
+        return super().experts(x, routing, experts, activation, weighs_input)
 
     # Fused words, as core words: every linear has to be seen.
     add_norm = Ops.add_norm

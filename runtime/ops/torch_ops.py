@@ -1,13 +1,11 @@
 """The reference op set: plain torch on any device, the oracle of every other.
 
 Quantized weights are dequantized when they are loaded; their activations are rounded as the format says, so what is
-computed is what the stored tensors mean. The KV cache is paged: per layer keys and values are
-[blocks, block_size, kv_heads, head_dim]; or latents, [blocks, block_size, 1, rank + rope_dim].
+computed is what the stored tensors mean.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtx.converters.spec import Activation, Alibi, ModelSpec, MoE, Norm, Rope
-from trtx.quantize.formats import E4M3, round_e4m3, to_e4m3
+from trtx.converters.spec import Activation, ModelSpec, MoE, Norm, Rope
+from trtx.quantize.formats import round_e4m3
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.batch import SequenceSlice
-from trtx.runtime.kv_layout import KVGroup, KVLayout, kv_groups, layer_places
+from trtx.runtime.kv_layout import KVGroup, kv_groups, layer_places
 from trtx.runtime.ops.base import Mlp, Ops
+from trtx.runtime.ops.rotary import frequencies_for
+from trtx.runtime.ops.torch_attention import alibi_bias, attend, with_sinks
+from trtx.runtime.ops.torch_kv_cache import TorchKVCache
+from trtx.runtime.ops.torch_moe import choose, weigh
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -59,73 +61,6 @@ class ResidentNorm:
     weight: Tensor
     bias: Tensor | None
     norm: Norm
-
-
-class TorchKVCache:
-    """The paged KV cache of one rank.
-
-    Attributes:
-        arrays: keys and values, or latents alone: [slots, blocks, block_size, kv_heads, head_dim] each.
-
-    Args:
-        scales: per layer the (key, value) scales of an fp8 cache; None for a cache in `dtype`.
-    """
-
-    def __init__(
-        self,
-        layout: KVLayout,
-        blocks: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        scales: Sequence[tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
-        self.layout = layout
-        self.dtype = dtype
-        self.scales = scales
-        shape = (layout.slots, blocks, layout.block_size, layout.kv_heads, layout.head_dim)
-        # Codes of an fp8 cache are kept as bytes: torch can't gather E4M3.
-        stored = torch.uint8 if dtype == E4M3 else dtype
-        self.arrays = [torch.zeros(shape, dtype=stored, device=device) for _ in range(layout.arrays)]
-
-    def clear(self, blocks: Tensor) -> None:
-        """Zero `blocks` [N] of every layer."""
-        for array in self.arrays:
-            array.index_fill_(1, blocks, 0)
-
-    def write(self, layer: int, positions: Tensor, *rows: Tensor) -> None:
-        """Store `rows` [T, kv_heads, head_dim], one of each array, at `positions` [T] (block * block_size + offset)."""
-        _, slot = self.layout.places[layer]
-        for which, (array, new) in enumerate(zip(self.arrays, rows, strict=True)):
-            array[slot].flatten(0, 1).index_copy_(0, positions, self._encode(new, layer, which))
-
-    def read(self, layer: int, blocks: Tensor, dtype: torch.dtype, scratch: Sequence[Tensor]) -> list[Tensor]:
-        """What `blocks` [B, N] hold → an array each of [B, N * block_size, kv_heads, head_dim] in `dtype`.
-
-        Args:
-            scratch: a buffer of that size for each, in the stored dtype, overwritten.
-        """
-        _, slot = self.layout.places[layer]
-        found = []
-        for which, (array, buffer) in enumerate(zip(self.arrays, scratch, strict=True)):
-            torch.index_select(array[slot].flatten(1), 0, blocks.flatten(), out=buffer.view(blocks.numel(), -1))
-            found.append(self._decode(buffer, layer, which, dtype))
-        return found
-
-    def scratch(self, blocks: Tensor) -> list[Tensor]:
-        """Buffers for `read`: allocated once a step, since fresh pages cost more than the copy."""
-        batch, count = blocks.shape
-        shape = (batch, count * self.layout.block_size, self.layout.kv_heads, self.layout.head_dim)
-        return [array.new_empty(shape) for array in self.arrays]
-
-    def _encode(self, x: Tensor, layer: int, which: int) -> Tensor:
-        if self.scales is None:
-            return x.to(self.dtype)
-        return to_e4m3(x, self.scales[layer][which]).view(torch.uint8)
-
-    def _decode(self, stored: Tensor, layer: int, which: int, dtype: torch.dtype) -> Tensor:
-        if self.scales is None:
-            return stored.to(dtype)
-        return (stored.view(E4M3).float() * self.scales[layer][which]).to(dtype)
 
 
 @dataclass
@@ -441,7 +376,7 @@ class TorchOps(Ops):
         folded = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = bucket.mask
         if sinks is not None:
-            keys, values, mask = _with_sinks(keys, values, mask, sinks)
+            keys, values, mask = with_sinks(keys, values, mask, sinks)
         out = self.sdpa(layer, folded, keys, values, mask, self.spec.attention_scale_of(layer))
         return out.unflatten(2, (heads // kv_heads, -1)).permute(0, 3, 1, 2, 4).reshape(-1, heads, values.shape[-1])
 
@@ -451,18 +386,8 @@ class TorchOps(Ops):
 
     def route(self, x: Tensor, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
         logits = F.linear(x.float(), router.weight, router.bias)
-        if moe.scores == "sparsemixer":
-            return _sparsemixer(logits, moe)
-        scores = logits
-        if moe.scores != "top_softmax":
-            scores = logits.sigmoid() if moe.scores == "sigmoid" else logits.softmax(-1)
-        chosen = _choose(scores if correction is None else scores + correction, moe)
-        weights = scores.gather(-1, chosen)
-        if moe.scores == "top_softmax":
-            weights = weights.softmax(-1)
-        if moe.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * moe.scale
+        chosen = choose(logits, correction, moe)
+        return chosen, weigh(logits, chosen, moe)
 
     def experts(
         self,
@@ -512,116 +437,3 @@ def _layer_norm(x: Tensor, weight: ResidentNorm) -> Tensor:
         exact = x.to(weight.weight.dtype)
         return F.layer_norm(exact, size, weight.weight, weight.bias, weight.norm.eps).to(x.dtype)
     return F.layer_norm(x, size, eps=weight.norm.eps) * weight.weight
-
-
-def _with_sinks(keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One more key of zeros with a value of zeros, which each head's mask gives its sink as score.
-
-    Args:
-        sinks: [heads]; the mask's rows are [kv_heads, G * Q].
-    """
-    batch, kv_heads = keys.shape[:2]
-    rows = mask.shape[2]
-    each = sinks.view(kv_heads, -1, 1).expand(-1, -1, rows * kv_heads // len(sinks)).reshape(1, kv_heads, rows, 1)
-    mask = torch.cat([mask.expand(batch, kv_heads, -1, -1), each.to(mask.dtype).expand(batch, -1, -1, -1)], dim=-1)
-    return F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1)), mask
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, cap: float | None) -> Tensor:
-    """Scaled dot-product attention, with a soft cap on the scores (Gemma 2, arXiv:2408.00118) where there is one.
-
-    Shapes as in `TorchOps.sdpa`.
-    """
-    if cap is None:
-        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
-    scores = torch.matmul(queries, keys.transpose(-1, -2)) * scale
-    capped = torch.tanh(scores / cap) * cap + mask
-    return torch.matmul(capped.float().softmax(-1).to(values.dtype), values)
-
-
-def alibi_bias(alibi: Alibi, heads: int, positions: Tensor) -> Tensor:
-    """What is added to the scores of keys at `positions` [B, S] → [B, heads, S], fp32."""
-    power = 1 << (heads.bit_length() - 1)
-    exponents = [alibi.max_bias * i / power for i in range(1, power + 1)]
-    exponents += [alibi.max_bias * i / (2 * power) for i in range(1, 2 * (heads - power), 2)]
-    slopes = torch.tensor([2.0**-exponent for exponent in exponents], device=positions.device)
-    if alibi.rounded:
-        return (slopes.bfloat16()[:, None] * positions[:, None].bfloat16()).float() * alibi.scale
-    return slopes[:, None] * positions[:, None] * alibi.scale
-
-
-def _choose(scores: Tensor, moe: MoE) -> Tensor:
-    """The experts [T, top_k] with the largest scores [T, experts], from the best groups."""
-    if moe.groups > 1:
-        grouped = scores.unflatten(-1, (moe.groups, -1))
-        best = grouped.topk(1 if moe.group_score == "max" else 2, dim=-1).values.sum(-1)
-        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(moe.top_groups, dim=-1).indices, True)
-        scores = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
-    return scores.topk(moe.top_k, dim=-1).indices
-
-
-def _sparsemixer(logits: Tensor, moe: MoE) -> tuple[Tensor, Tensor]:
-    """One expert after the other: each weighs its softmax among those not chosen and not far below it.
-
-    Far is a distance, relative to the larger of the best logit and the other's magnitude, of more than 2 * jitter.
-    """
-    chosen, weights, left = [], [], logits
-    for _ in range(moe.top_k):
-        best, expert = left.max(-1, keepdim=True)
-        far = (best - logits) / logits.abs().clamp(min=best) > 2 * moe.jitter
-        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, expert))
-        chosen.append(expert)
-        left = left.scatter(-1, expert, float("-inf"))
-    return torch.cat(chosen, -1), torch.cat(weights, -1)
-
-
-def frequencies_for(rope: Rope, max_positions: int) -> tuple[Tensor, float]:
-    """Frequencies of an engine whose sequences have up to `max_positions` tokens, and the factor of cos and sin."""
-    long = rope.scaling == "longrope" and max_positions > rope.original_max_position
-    factor = rope.attention_factor
-    if long and rope.long_attention_factor is not None:
-        factor = rope.long_attention_factor
-    return inverse_frequencies(rope, long), factor
-
-
-def inverse_frequencies(rope: Rope, long: bool = False) -> Tensor:
-    """Radians a position for each pair of features, [dim / 2], fp32, with the scaling of `rope` applied.
-
-    Args:
-        long: use the long factors of 'longrope'.
-    """
-    pairs = torch.arange(0, rope.dim, 2, dtype=torch.int64).float()
-    base = 1.0 / rope.theta ** (pairs / rope.dim)
-    if rope.scaling == "linear":
-        return base / rope.factor
-    if rope.scaling == "llama3":
-        return _llama3_frequencies(base, rope)
-    if rope.scaling == "yarn":
-        return _yarn_frequencies(base, rope)
-    if rope.scaling == "longrope":
-        return base / torch.tensor(rope.long_factors if long else rope.short_factors)
-    return base
-
-
-def _llama3_frequencies(base: Tensor, rope: Rope) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    wavelength = 2 * math.pi / base
-    ratio = rope.original_max_position / wavelength
-    blend = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clamp(0, 1)
-    return (1 - blend) * base / rope.factor + blend * base
-
-
-def _yarn_frequencies(base: Tensor, rope: Rope) -> Tensor:
-    """YaRN (arXiv:2309.00071, section 3.2): pairs that turn rarely are interpolated, those that turn often kept."""
-
-    def pair_turning(turns: float) -> float:
-        return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.dim - 1)
-    ramp = (torch.arange(rope.dim // 2).float() - low) / max(high - low, 0.001)
-    interpolated = ramp.clamp(0, 1)
-    return base / rope.factor * interpolated + base * (1 - interpolated)

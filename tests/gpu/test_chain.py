@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.converters.tiny import VARIANTS, checkpoint_of
-from tests.runtime.models import assert_greedy, engine_of, random_model
-from tests.runtime.test_decoder import GREEDY, relative_error
+from tests.runtime.models import GREEDY, assert_greedy, engine_of, random_model, relative_error
 from tests.runtime.test_smollm2 import PROMPTS
 from trtx.converters.checkpoint import Checkpoint
 from trtx.quantize.pipeline import QuantizeSettings, quantize

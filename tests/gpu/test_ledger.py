@@ -11,7 +11,8 @@ from trtx.quantize.formats import DTYPES, E4M3, FORMATS, Quantization
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.kv_layout import KVLayout
-from trtx.runtime.ops.torch_ops import TorchKVCache, TorchOps
+from trtx.runtime.ops.torch_kv_cache import TorchKVCache
+from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.sampler import Row, sample
 from trtx.runtime.sampling import SamplingParams
 

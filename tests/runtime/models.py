@@ -11,14 +11,23 @@ from transformers.modeling_utils import PreTrainedModel
 
 from tests.converters import tiny
 from trtx.builder.build import BuildSettings, build
+from trtx.runtime.sampling import SamplingParams
 
 GAP = 1e-4
 """A token counts as the greedy one when its logit is within this of the largest."""
 
 
-def random_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model with logits far enough apart for greedy decoding to mean something."""
-    return tiny.randomize(tiny.of(tiny.VARIANTS[name]), seed, gain=1.5)
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+
+
+def random_model(name: str, seed: int = 0, gain: float = 1.5) -> PreTrainedModel:
+    """A tiny model; with the default gain, logits are far enough apart for greedy decoding to mean something."""
+    return tiny.randomize(tiny.of(tiny.VARIANTS[name]), seed, gain)
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest logit of its position."""
+    return ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max().item()
 
 
 def engine_of(checkpoint: Path, out: Path, **settings: Any) -> Path:

@@ -6,58 +6,19 @@ import random
 
 import pytest
 import torch
-from transformers.modeling_utils import PreTrainedModel
 
-from tests.converters.tiny import VARIANTS, checkpoint_of
-from tests.runtime.models import assert_greedy, engine_of, random_model
+from tests.converters.tiny import checkpoint_of
+from tests.runtime.models import GREEDY, assert_greedy, engine_of, random_model, relative_error
 from trtx.converters.checkpoint import Checkpoint
 from trtx.converters.random_weights import random_tensor
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.llm import LLM
 from trtx.runtime.ops.base import Ops
-from trtx.runtime.ops.torch_ops import TorchKVCache, TorchOps
+from trtx.runtime.ops.torch_kv_cache import TorchKVCache
+from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.sampling import SamplingParams
 from trtx.runtime.weights import WeightStore, load
-
-GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, relative to the largest logit of its position."""
-    return ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max().item()
-
-
-def logits_of(model: PreTrainedModel, checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> tuple:
-    """Our logits and transformers' for whole sequences, [B, S, V]."""
-    ops = TorchOps(checkpoint.spec, dtype)
-    with torch.inference_mode():
-        decoder = load(WeightStore.of_checkpoint(checkpoint), ops)
-        ours = decoder.forward(ops.uncached_step(ids)).view(*ids.shape, -1).float()
-        return ours, model.to(dtype)(ids).logits.float()
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logits_equal_transformers_at_every_position(name, tmp_path):
-    model = random_model(name)
-    checkpoint = Checkpoint(checkpoint_of(model, tmp_path))
-    ids = torch.randint(96, (2, 90), generator=torch.Generator().manual_seed(1))
-    exact, theirs = logits_of(model, checkpoint, ids, torch.float32)
-    assert relative_error(exact, theirs) < 1e-4
-    ours, theirs_rounded = logits_of(model, checkpoint, ids, torch.bfloat16)
-    assert (ours - exact).norm() < 1.3 * (theirs_rounded - theirs).norm(), "bf16 is worse than transformers' own"
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_greedy_tokens_equal_transformers(name, tmp_path):
-    """64 tokens on 20 prompts, batched in flight with chunked prefill."""
-    model = random_model(name)
-    llm = LLM(engine_of(checkpoint_of(model, tmp_path), tmp_path / "engine", max_num_tokens=24))
-    rng = random.Random(name)
-    prompts = [[rng.randrange(96) for _ in range(rng.randrange(1, 60))] for _ in range(20)]
-    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
-        assert len(completion.token_ids) == 64
-        assert_greedy(model, prompt, completion.token_ids)
 
 
 @pytest.mark.parametrize("seed", range(6))
