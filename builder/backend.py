@@ -20,8 +20,8 @@ class Backend(ABC):
         """Weights once loaded."""
 
     @abstractmethod
-    def streamed_bytes(self, sizing: Sizing) -> int:
-        """Weights that every step reads, of the whole model on all ranks."""
+    def streamed_bytes(self, sizing: Sizing, tokens: int) -> int:
+        """Weights that a step of `tokens` tokens reads, of the whole model on all ranks."""
 
     @abstractmethod
     def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:

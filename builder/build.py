@@ -299,6 +299,11 @@ def _kv_dtype(model: CheckpointConfig, compute: str, settings: BuildSettings, no
     if settings.kv_cache_dtype == "auto":
         return "fp8" if calibrated else compute
     kv_dtype = _known("--kv-cache-dtype", settings.kv_cache_dtype, tuple(d for d in ITEMSIZE if d != "int8"))
+    if kv_dtype == "fp8" and model.spec.latent:
+        raise UnsupportedError(
+            "--kv-cache-dtype fp8: the model caches latents (MLA), which have no fp8 form in trtx.",
+            "Leave it out: a latent cache is small as it is.",
+        )
     if kv_dtype == "fp8" and not calibrated:
         notes.append(
             "The checkpoint has no scales for an fp8 KV cache: 1.0 is used, which cuts keys and values above 448. "

@@ -114,7 +114,6 @@ def estimate(sizing: Sizing, backend: Backend, ledger: Ledger, workload: Workloa
         return None
     spec, pp = sizing.model.spec, sizing.mapping.pp
     roofline = _Roofline(sizing, gpu, peak * 1e12)
-    weights = backend.streamed_bytes(sizing)
 
     def kv(length: int) -> int:
         return cost.kv_read_bytes(spec, sizing.kv_dtype, length)
@@ -122,12 +121,13 @@ def estimate(sizing: Sizing, backend: Backend, ledger: Ledger, workload: Workloa
     chunks = math.ceil(workload.isl / sizing.max_num_tokens)
     chunk = math.ceil(workload.isl / chunks)
     chunk_flops = cost.flops(spec, tokens=workload.isl) // chunks
-    chunk_step = roofline.seconds(chunk, chunk_flops, weights + kv(workload.isl))
+    chunk_step = roofline.seconds(chunk, chunk_flops, backend.streamed_bytes(sizing, chunk) + kv(workload.isl))
 
     batch = _batch(sizing, ledger, workload)
     part, context = math.ceil(batch / pp), workload.isl + workload.osl // 2
     decode_flops = part * cost.flops(spec, tokens=1, before=context)
-    tpot = pp * roofline.seconds(part, decode_flops, weights + part * kv(context))
+    decode_bytes = backend.streamed_bytes(sizing, part) + part * kv(context)
+    tpot = pp * roofline.seconds(part, decode_flops, decode_bytes)
 
     prefills = (chunks * batch + pp - 1) * chunk_step
     return Estimate(

@@ -12,6 +12,9 @@ from trtx.quantize.formats import DTYPES
 from trtx.runtime.kv_layout import KVLayout, kv_groups
 
 
+_FIRST_STAGE = ("positions", "embed_in", "embed_norm")
+
+
 @dataclass(frozen=True)
 class Shard:
     """The part of every rank of one pipeline stage; its tensor-parallel ranks hold equal parts.
@@ -52,9 +55,9 @@ class Shard:
     def _holds(self, module: Module) -> bool:
         if module.name.startswith("layers."):
             return int(module.name.split(".")[1]) in self.layers
-        if module.kind is Kind.EMBEDDING:
+        if module.name == "embed":
             return self.stage == 0 or (self.is_last and self.spec.tied_embeddings)
-        return self.is_last
+        return self.stage == 0 if module.name in _FIRST_STAGE else self.is_last
 
 
 def obstacle(model: CheckpointConfig, mapping: ParallelMapping) -> str:
@@ -64,12 +67,17 @@ def obstacle(model: CheckpointConfig, mapping: ParallelMapping) -> str:
     only between the units that its format packs.
     """
     spec, tp, pp = model.spec, mapping.tp, mapping.pp
+    if tp > 1 and spec.qk_norm == "width":
+        return "a norm over all heads can't be split"
     evenly = {
         "attention heads": (spec.num_heads, tp),
         "key/value heads": (spec.num_kv_heads, tp),
         "intermediate size": (spec.intermediate_size, tp),
         "layers": (spec.num_layers, pp),
     }
+    if spec.moe:
+        evenly["width of an expert"] = spec.moe.intermediate_size, tp
+        evenly["width of the shared expert"] = spec.moe.shared_size, tp
     for what, (count, parts) in evenly.items():
         if count % parts:
             return f"{parts} does not divide {count} {what}"

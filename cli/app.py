@@ -16,7 +16,7 @@ from trtx import __version__
 from trtx.cli.common import stderr
 from trtx.converters.errors import DoesNotFitError, ExitCode, TrtxError
 
-COMMANDS = ("convert", "quantize", "build", "run", "bench", "inspect", "doctor", "make")
+COMMANDS = ("convert", "quantize", "build", "run", "bench", "inspect", "families", "doctor", "make")
 
 EXIT_CODES = {
     ExitCode.OK: "done",

@@ -35,7 +35,11 @@ def convert(
     ] = DtypeChoice.AUTO,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Read headers only and say whether SRC would convert. Takes no OUT.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Read headers only and say whether SRC would convert; a config.json, with or without an index, will do.",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights.")] = 0,
     force: Force = False,
@@ -99,7 +103,8 @@ def _render_check(report: CheckReport) -> Table:
         table.add_row("note", text)
     for problem in report.problems:
         table.add_row("problem", problem)
-    table.add_row("converts", "yes" if report.converts else "no")
+    unseen = {"headers": "", "names": " (shapes were not seen)", "config": " (tensors were not seen)"}
+    table.add_row("converts", f"yes{unseen[report.seen]}" if report.converts else "no")
     return table
 
 
@@ -108,6 +113,8 @@ def _facts(report: CheckReport) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{spec.family}, {spec.num_layers} layers, hidden size {spec.hidden_size}")
     weights = "random weights" if report.provenance["kind"] == "random" else f"from {report.source}"
+    if scheme := report.provenance.get("dequantized"):
+        weights += f", dequantized from {scheme['method']}"
     table.add_row("weights", f"{report.parameters:,} parameters in {report.tensors} tensors, {weights}")
     table.add_row("size", f"{decimal(report.bytes)} in {report.dtype}")
     return table

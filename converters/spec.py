@@ -56,6 +56,9 @@ T = TypeVar("T")
 FUSIONS = {"qkv": ("q", "k", "v"), "qkv_a": ("q_a", "latent", "k_rope"), "gate_up": ("gate", "up")}
 """Linears that read one input, by the last part of their names and of the fused module's."""
 
+LATENT_NORMS = (".q_a_norm", ".latent_norm")
+"""Ends of the names of norms that have `Latent.norm_eps`, and otherwise nothing of `ModelSpec.norm`."""
+
 
 class Kind(Enum):
     """What a module is, which decides how it may be stored."""
@@ -88,6 +91,11 @@ class Module:
     shape: tuple[int, ...]
     split: Split = Split.NONE
     bias: bool = False
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether only the tokens that were sent to it pass through it."""
+        return ".experts." in self.name
 
     @property
     def parameters(self) -> int:
@@ -355,6 +363,13 @@ class ModelSpec:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""
         return self.moe is not None and layer in self.moe.layers
+
+    def seen_from(self, layer: int, position: int) -> int:
+        """How many positions a token attends to, itself included."""
+        window = self.windows[layer]
+        if window is None:
+            return position + 1
+        return position % window + 1 if self.chunked else min(position + 1, window)
 
     # What is cached for a token, in each layer.
 

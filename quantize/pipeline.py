@@ -207,13 +207,18 @@ def plan(source: Checkpoint, settings: QuantizeSettings) -> Quantization:
 
     Raises:
         InputError: `source` is quantized already, a pattern of `excluded` matches nothing, or nothing is left.
-        UnsupportedError: a linear's shape does not fit the format.
+        UnsupportedError: a linear's shape does not fit the format, or the KV cache of latents can't be quantized.
     """
     if source.quantization != Quantization():
         done = source.quantization
         raise InputError(
             f"{source.path}: is quantized already ({done.format}, KV cache {done.kv_cache}).",
             "Give the unquantized checkpoint that it was made from.",
+        )
+    if settings.kv_cache == "fp8" and source.spec.latent:
+        raise UnsupportedError(
+            f"{source.path}: its KV cache holds latents (MLA), which have no fp8 form in trtx.",
+            "Leave out --kv-cache fp8: a latent cache is small as it is.",
         )
     chosen = Quantization(settings.format, kv_cache=settings.kv_cache, excluded=settings.excluded)
     linears = [module for module in source.spec.modules() if module.kind is Kind.LINEAR]

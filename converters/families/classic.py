@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trtx.converters.errors import UnsupportedError
+from trtx.converters.families import gguf
 from trtx.converters.families.family import Family, Packed
 from trtx.converters.families.llama import GATE_UP_PROJECTIONS, LLAMA, NO_BIAS, QK_NORMS
 from trtx.converters.families.rules import (
@@ -102,7 +103,7 @@ GPT2 = Family(
     ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
     aliases=_GPT_ALIASES,
     harmless=_GPT_HARMLESS,
-    gguf="gpt2",
+    gguf=(gguf.GPT2,),
 )
 
 GPTJ = Family(
@@ -233,7 +234,7 @@ BLOOM = Family(
         "offset_alibi", "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add",
         "skip_bias_add_qkv",
     ),
-    gguf="bloom",
+    gguf=(gguf.BLOOM,),
 )  # fmt: skip
 
 
@@ -292,7 +293,6 @@ MPT = Family(
         "learned_pos_emb", "use_pad_tok_in_ffn", "fc_type", "ffn_config",
     ),
     inert={"logit_scale": None, "no_bias": True, "norm_type": "low_precision_layernorm"},
-    gguf="mpt",
 )  # fmt: skip
 
 
@@ -368,7 +368,7 @@ FALCON = Family(
     renames=(("transformer.", ""),),
     aliases={"n_embed": "hidden_size"},
     inert={"apply_residual_connection_post_layernorm": False},
-    gguf="falcon",
+    gguf=(gguf.FALCON, gguf.FALCON_40B),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ STARCODER2 = LLAMA.but(
     tensors={"model.layers.*.mlp.c_fc": "layers.*.mlp.up", "model.layers.*.mlp.c_proj": "layers.*.mlp.down"},
     without=(*GATE_UP_PROJECTIONS, "model.layers.*.mlp.down_proj"),
     harmless=("norm_type", "mlp_type"),
-    gguf="starcoder2",
+    gguf=(gguf.STARCODER2,),
 )
 
 NEMOTRON = LLAMA.but(
@@ -489,7 +489,7 @@ NEMOTRON = LLAMA.but(
     },
     without=("model.layers.*.mlp.gate_proj",),
     harmless=("rope_percent",),
-    gguf="nemotron",
+    gguf=(gguf.NEMOTRON,),
 )
 
 COHERE = LLAMA.but(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from trtx.converters.families.gguf import Gguf
 from trtx.converters.hf_config import Config
 from trtx.converters.spec import ModelSpec
 
@@ -89,6 +90,7 @@ class Family:
         name: transformers' `model_type`.
         models: what people call the models it covers; for reports.
         features: what it has beyond Llama; for reports.
+        real: real weights that were compared with transformers, beside tiny random models; for reports.
         architectures: transformers' class names (`architectures` of config.json).
         model_types: `model_type` of config.json.
         fields: field of `ModelSpec` → rule.
@@ -104,8 +106,7 @@ class Family:
         section: the key of config.json that holds the language model's config, where it is part of something larger.
         beside: keys beside that section that say nothing about the language model.
         tied_outside: whether embeddings are tied where the config says nothing beside that section.
-        gguf: llama.cpp's name of the architecture, if it is this family alone.
-        gguf_pairs_rows: llama.cpp stores its query and key rows in pairs.
+        gguf: how llama.cpp's files store it; see `converters.families.gguf`.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Family:
     tensors: Mapping[str, Target]
     models: str = ""
     features: str = ""
+    real: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     extra_layers: bool = False
@@ -125,8 +127,12 @@ class Family:
     section: str | None = None
     beside: tuple[str, ...] = ()
     tied_outside: bool = False
-    gguf: str | None = None
-    gguf_pairs_rows: bool = False
+    gguf: tuple[Gguf, ...] = ()
+
+    @property
+    def kv_cache_in_fp8(self) -> bool:
+        """Whether the KV cache can be quantized: latents, from which keys and values are made, are not."""
+        return "latent" not in self.fields
 
     def but(
         self,
@@ -146,7 +152,7 @@ class Family:
             changes: other attributes. Those that describe the models or llama.cpp's files are not taken over.
         """
         own: dict[str, Any] = {
-            "models": "", "features": "", "harmless": (), "inert": {}, "gguf": None, "gguf_pairs_rows": False,
+            "models": "", "features": "", "real": "", "harmless": (), "inert": {}, "gguf": (),
         }  # fmt: skip
         kept = {source: target for source, target in self.tensors.items() if source not in without}
         return replace(

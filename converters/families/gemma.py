@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trtx.converters.families import gguf
 from trtx.converters.families.family import Family, Rule
 from trtx.converters.families.llama import LLAMA, QK_NORMS, TEXT_PREFIXES, VISION
 from trtx.converters.families.rules import (
@@ -45,7 +46,7 @@ GEMMA = LLAMA.but(
     },
     harmless=("hidden_activation",),
     inert={"use_bidirectional_attention": False},
-    gguf="gemma",
+    gguf=(gguf.GEMMA,),
 )
 
 GEMMA2 = GEMMA.but(
@@ -68,7 +69,7 @@ GEMMA2 = GEMMA.but(
     },
     harmless=("hidden_act",),
     inert={"use_bidirectional_attention": False},
-    gguf="gemma2",
+    gguf=(gguf.GEMMA2,),
 )
 
 
@@ -113,7 +114,7 @@ GEMMA3 = GEMMA2.but(
     tensors=QK_NORMS,
     harmless=("hidden_act", "attn_logit_softcapping", "sliding_window_pattern", "_sliding_window_pattern"),
     inert={"use_bidirectional_attention": False},
-    gguf="gemma3",
+    gguf=(gguf.GEMMA3,),
 )
 
 GEMMA3_MULTIMODAL = GEMMA3.part_of(

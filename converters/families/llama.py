@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trtx.converters.families import gguf
 from trtx.converters.families.family import Family
 from trtx.converters.families.rules import (
     constant,
@@ -27,6 +28,7 @@ LLAMA = Family(
     name="llama",
     models="Llama 1, 2, 3, 3.1, 3.2, 3.3; Yi, SmolLM2, DeepSeek-R1-Distill-Llama",
     features="linear, llama3 and YaRN RoPE",
+    real="SmolLM2-135M",
     architectures=("LlamaForCausalLM",),
     model_types=("llama",),
     fields={
@@ -62,8 +64,7 @@ LLAMA = Family(
         "lm_head": "lm_head",
     },
     ignored=("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
-    gguf="llama",
-    gguf_pairs_rows=True,
+    gguf=(gguf.LLAMA,),
 )
 
 NO_BIAS = {"qkv_bias": constant(False), "o_bias": constant(False), "mlp_bias": constant(False)}
@@ -91,7 +92,7 @@ MISTRAL = LLAMA.but(
     models="Mistral 7B, Nemo, Small, Codestral",
     features="sliding window",
     fields={"windows": one_window(4096), **NO_BIAS},
-    gguf_pairs_rows=True,
+    gguf=(gguf.MISTRAL,),
 )
 
 QWEN2 = LLAMA.but(
@@ -100,7 +101,7 @@ QWEN2 = LLAMA.but(
     models="Qwen 2, 2.5; QwQ, DeepSeek-R1-Distill-Qwen",
     features="biases on queries, keys and values",
     fields={**NO_BIAS, "windows": qwen_windows(from_max_window_layers), "qkv_bias": constant(True)},
-    gguf="qwen2",
+    gguf=(gguf.QWEN2,),
 )
 
 QWEN3 = LLAMA.but(
@@ -116,7 +117,7 @@ QWEN3 = LLAMA.but(
         "qk_norm": constant("head"),
     },
     tensors=QK_NORMS,
-    gguf="qwen3",
+    gguf=(gguf.QWEN3,),
 )
 
 PHI3 = LLAMA.but(
@@ -136,7 +137,7 @@ PHI3 = LLAMA.but(
         "model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.mlp.up"),
     },
     without=(*QKV_PROJECTIONS, *GATE_UP_PROJECTIONS),
-    gguf="phi3",
+    gguf=(gguf.PHI3,),
 )
 
 GLM = LLAMA.but(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trtx.converters.families import gguf
 from trtx.converters.families.family import Family, Packed, Rule
 from trtx.converters.families.llama import GATE_UP_PROJECTIONS, LLAMA, MISTRAL, QWEN2, QWEN3, TEXT_PREFIXES
 from trtx.converters.families.rules import (
@@ -75,6 +76,7 @@ MIXTRAL = MISTRAL.but(
     tensors={**BLOCK_SPARSE, **EXPERTS},
     without=DENSE_MLP,
     harmless=("router_jitter_noise",),
+    gguf=(gguf.MIXTRAL,),
 )
 
 
@@ -107,6 +109,7 @@ QWEN2_MOE = QWEN2.but(
         **_shared("shared_expert"),
         "model.layers.*.mlp.shared_expert_gate": "layers.*.mlp.shared_gate",
     },
+    gguf=(gguf.QWEN2_MOE,),
 )
 
 QWEN3_MOE = QWEN3.but(
@@ -130,6 +133,7 @@ QWEN3_MOE = QWEN3.but(
     },
     tensors=EXPERTS,
     aliases={"num_local_experts": "num_experts"},
+    gguf=(gguf.QWEN3_MOE,),
 )
 
 

@@ -179,10 +179,10 @@ def qwen_windows(slides: Callable[[Config, int], bool]) -> Rule:
     """As `windows_by_layer`, but only with `use_sliding_window`."""
 
     def rule(config: Config) -> tuple[int | None, ...]:
+        config.integer("max_window_layers", None, least=0)
         if config.boolean("use_sliding_window", False):
             return windows_by_layer(4096, slides)(config)
         config.integer("sliding_window", None, least=0)
-        config.integer("max_window_layers", None, least=0)
         if set(layer_kinds(config, ("full_attention", "sliding_attention"), lambda layer: "full_attention")) != {
             "full_attention"
         }:

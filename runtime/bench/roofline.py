@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -53,15 +53,15 @@ def decode_cost(config: EngineConfig) -> Callable[[int, int], Cost]:
     The sequences count as equally long, which is exact without sliding windows.
     """
 
-    weights = cost.weight_bytes(config)
+    weights = cache(partial(cost.weight_bytes, config))
 
     @cache
     def of_one(context: int) -> Cost:
-        return Cost(cost.decode_bytes(config, 1, context) - weights, cost.decode_flops(config, 1, context))
+        return Cost(cost.decode_bytes(config, 1, context) - weights(1), cost.decode_flops(config, 1, context))
 
     def of_step(sequences: int, context_tokens: int) -> Cost:
         one = of_one(context_tokens // sequences)
-        return Cost(weights + sequences * one.bytes, sequences * one.flops)
+        return Cost(weights(sequences) + sequences * one.bytes, sequences * one.flops)
 
     return of_step
 

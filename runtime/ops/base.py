@@ -55,6 +55,10 @@ class Ops(ABC):
         """A linear's weight (or several fused), as this op set keeps it."""
 
     @abstractmethod
+    def load_matrix(self, name: str, tensor: Tensor) -> Value:
+        """A matrix that is multiplied into others."""
+
+    @abstractmethod
     def load_router(self, weight: LinearWeight) -> Value:
         """The weight of a router, as `route` takes it."""
 
@@ -148,7 +152,7 @@ class Ops(ABC):
             q: [T, heads, head_dim], of which the first rope_dim features are rotated.
             latent: [T, rank].
             k_rope: [T, 1, rope_dim], rotated; the first features of every head's key.
-            k_up, v_up: linears from the latent to [heads * (head_dim - rope_dim)] and [heads * value_dim].
+            k_up, v_up: matrices [heads * (head_dim - rope_dim), rank] and [heads * value_dim, rank].
 
         Returns:
             [T, heads * value_dim].

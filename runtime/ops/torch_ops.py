@@ -152,6 +152,9 @@ class TorchOps(Ops):
             rows=weight.rows,
         )
 
+    def load_matrix(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
     def load_router(self, weight: LinearWeight) -> ResidentLinear:
         bias = None if weight.bias is None else weight.bias.to(self.device, torch.float32)
         return ResidentLinear(weight.dense(torch.float32).to(self.device), bias, None, weight.rows)
@@ -332,18 +335,18 @@ class TorchOps(Ops):
         q: Tensor,
         latent: Tensor,
         k_rope: Tensor,
-        k_up: ResidentLinear,
-        v_up: ResidentLinear,
+        k_up: Tensor,
+        v_up: Tensor,
         layer: int,
         step: TorchStep,
     ) -> Tensor:
         """In its absorbed form: k_up is multiplied into the queries, so that latents serve as keys and as values."""
         heads, rotated, rank = q.shape[1], k_rope.shape[-1], latent.shape[-1]
         rope, rest = q.split([rotated, q.shape[-1] - rotated], dim=-1)
-        absorbed = torch.einsum("thd,hdr->thr", rest, k_up.weight.view(heads, -1, rank))
+        absorbed = torch.einsum("thd,hdr->thr", rest, k_up.view(heads, -1, rank))
         row = torch.cat([latent[:, None], k_rope], dim=-1)
         attended = self._attend(torch.cat([absorbed, rope], dim=-1), (row,), layer, step, None)
-        return torch.einsum("thr,hdr->thd", attended, v_up.weight.view(heads, -1, rank)).flatten(1)
+        return torch.einsum("thr,hdr->thd", attended, v_up.view(heads, -1, rank)).flatten(1)
 
     def _attend(self, q: Tensor, new: tuple[Tensor, ...], layer: int, step: TorchStep, sinks: Tensor | None) -> Tensor:
         """Cache keys and values, or latents, `new`, and attend to all there are → [T, heads, features of a value]."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builder.models import LLAMA_8B, TINY, llama_8b, sizing, spec_of
+from tests.converters.tiny import VARIANTS, config_json
 from trtx.builder.engine import ParallelMapping
 from trtx.builder.ledger import CPU_KV_CACHE, account
 from trtx.builder.shard import Shard
@@ -16,7 +17,8 @@ from trtx.builder.torch_backend import TorchBackend
 from trtx.converters.checkpoint import CheckpointConfig
 from trtx.quantize.formats import DTYPES, Quantization
 from trtx.runtime import weights
-from trtx.runtime.ops.torch_ops import ResidentLinear, TorchOps
+from trtx.runtime.ops.base import Mlp
+from trtx.runtime.ops.torch_ops import ResidentLinear, ResidentNorm, TorchOps
 
 BACKEND = TorchBackend()
 PARAMETERS_8B = 8_030_261_248
@@ -161,13 +163,13 @@ def held_bytes(decoder):
         elif isinstance(value, dict):
             for item in value.values():
                 visit(item)
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             for item in value:
                 visit(item)
+        elif isinstance(value, (ResidentNorm, Mlp)):
+            visit(vars(value))
 
-    visit([decoder.embedding, decoder.final_norm, decoder.lm_head])
-    for layer in decoder.layers:
-        visit(list(vars(layer).values()))
+    visit([decoder.top, decoder.layers])
     return sum(found.values())
 
 
@@ -186,3 +188,15 @@ def test_weights_equal_what_the_op_set_holds(write_checkpoint, form, tied):
         )
         held = held_bytes(decoder)
         assert held == counted if form == "none" or not shared else 0.97 * counted < held <= counted
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_of_every_family_equal_what_the_op_set_holds(name):
+    spec = spec_of(config_json(VARIANTS[name]))
+    config = CheckpointConfig(spec, "bf16")
+    expected = config.expected()
+    store = weights.WeightStore(
+        config, lambda name: torch.zeros(expected[name].shape, dtype=expected[name].dtype), expected.__contains__
+    )
+    held = held_bytes(weights.load(store, TorchOps(spec, DTYPES["bf16"])))
+    assert held == BACKEND.weight_bytes(sizing(config), Shard(spec, ParallelMapping(), 0))

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
 
-from trtx.converters import families
 from trtx.converters.checkpoint import Checkpoint
 from trtx.converters.convert import convert
 from trtx.converters.errors import InputError, TrtxError, UnsupportedError
-from trtx.converters.families import LLAMA, find_family
+from trtx.converters.families import FAMILIES, find_family
 from trtx.converters.spec import ModelSpec, Rope
 
 from . import tiny
@@ -152,10 +151,10 @@ def test_absent_keys_mean_what_transformers_takes_them_for() -> None:
     [
         (config_of(logit_scale=0.5), UnsupportedError, ["'logit_scale'", "0.5", "llama"]),
         (config_of(rope_scaling={"type": "dynamic", "factor": 2.0}), UnsupportedError, ["rope_scaling", "'dynamic'"]),
-        (config_of(rope_scaling={"rope_type": "longrope"}), UnsupportedError, ["'rope_type'", "'longrope'"]),
+        (config_of(rope_scaling={"rope_type": "longrope"}), InputError, ["rope_scaling", "'short_factor'", "missing"]),
         (config_of(rope_scaling={"type": "linear", "factor": 2.0, "x": 1}), UnsupportedError, ["rope_scaling", "'x'"]),
         (config_of(rope_scaling={"type": "linear"}), InputError, ["rope_scaling", "'factor'", "missing"]),
-        (config_of(hidden_act="relu2"), UnsupportedError, ["'hidden_act'", "'relu2'"]),
+        (config_of(hidden_act="tanh"), UnsupportedError, ["'hidden_act'", "'tanh'"]),
         (config_of(hidden_size="32"), InputError, ["'hidden_size'", "'32'"]),
         (config_of(hidden_size=-32), InputError, ["'hidden_size'", "-32"]),
         (config_of(hidden_size=None), InputError, ["'hidden_size'", "missing"]),
@@ -171,7 +170,7 @@ def test_absent_keys_mean_what_transformers_takes_them_for() -> None:
             InputError,
             ["'layer_types'", "use_sliding_window"],
         ),
-        (config_of(architectures=["GPT2LMHeadModel"], model_type="gpt2"), UnsupportedError, ["'GPT2LMHeadModel'"]),
+        (config_of(architectures=["RwkvForCausalLM"], model_type="rwkv"), UnsupportedError, ["'RwkvForCausalLM'"]),
         (config_of(architectures=["LlamaForSequenceClassification"]), UnsupportedError, ["SequenceClassification"]),
         (config_of(model_type="mistral"), InputError, ["'architectures'", "'mistral'"]),
         (config_of(architectures=None, model_type=None), InputError, ["'architectures'", "'model_type'"]),
@@ -185,25 +184,28 @@ def test_what_is_not_modelled_is_an_error(config: dict[str, Any], error: type[Tr
     assert caught.value.cause.startswith("config")
 
 
-def test_a_family_with_fused_projections_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phi-3 stores q, k and v in one matrix, gate and up in another: a row of the table splits them."""
-    row = LLAMA.but(
-        "phi3",
-        "Phi3ForCausalLM",
-        fields={"windows": families.one_window},
-        tensors={
-            "model.layers.*.self_attn.qkv_proj": ("layers.*.attn.q", "layers.*.attn.k", "layers.*.attn.v"),
-            "model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.mlp.up"),
-        },
-        harmless=("original_max_position_embeddings",),
-    )
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, row))
-    model = Phi3ForCausalLM(Phi3Config(**tiny.SIZES, pad_token_id=0))
-    model.save_pretrained(tmp_path / "hf")
-    convert(str(tmp_path / "hf"), tmp_path / "out")
-    checkpoint = Checkpoint(tmp_path / "out")
-    attention, mlp = model.model.layers[2].self_attn, model.model.layers[2].mlp
-    q, k, v = attention.qkv_proj.weight.split([32, 16, 16])
-    gate, up = mlp.gate_up_proj.weight.chunk(2)
-    for name, values in {"attn.q": q, "attn.k": k, "attn.v": v, "mlp.gate": gate, "mlp.up": up}.items():
-        assert torch.equal(checkpoint.tensor(f"layers.2.{name}.weight"), values)
+def test_every_row_says_what_it_is_for() -> None:
+    names = [family.name for family in FAMILIES]
+    assert len(set(names)) == len(names)
+    for family in FAMILIES:
+        assert family.models and family.features, family.name
+        assert set(family.fields) <= ModelSpec.__dataclass_fields__.keys()
+
+
+def published() -> list[Any]:
+    """Models whose hyperparameters and size were published, with where that was read."""
+    entries = yaml.safe_load((Path(__file__).parent / "data/published.yaml").read_text(encoding="utf-8"))
+    return [pytest.param(entry, id=entry["model"]) for entry in entries]
+
+
+@pytest.mark.parametrize("entry", published())
+def test_published_models_have_the_published_size(entry: dict[str, Any]) -> None:
+    assert all(entry[key] for key in ("source", "revision", "parameters_source"))
+    spec = spec_of(entry["config"])
+    assert spec.family == entry["family"]
+    assert spec.parameters == pytest.approx(entry["parameters"], rel=entry["tolerance"])
+
+
+def test_every_row_has_a_published_model() -> None:
+    parts = {family.name for family in FAMILIES if family.section}
+    assert {family.name for family in FAMILIES} - parts == {entry.values[0]["family"] for entry in published()}

@@ -37,6 +37,11 @@ def config_of(variant: Variant) -> Any:
     return _class(variant.config)(**copy.deepcopy(variant.settings))
 
 
+def config_json(variant: Variant) -> dict[str, Any]:
+    """The config.json of a variant, as transformers saves it."""
+    return {**config_of(variant).to_diff_dict(), "architectures": [variant.model.split(":")[1]]}
+
+
 def make(family: str, **settings: Any) -> PreTrainedModel:
     """A model of `family` whose every parameter is random, norms and biases included."""
     model = of(replace(VARIANTS[family], settings={**SIZES, **settings}))
