@@ -229,7 +229,8 @@ BLOOM = Family(
         "lm_head": "lm_head",
     },
     renames=(("transformer.", ""),),
-    aliases={**_GPT_ALIASES, "n_embed": "hidden_size"},
+    aliases={"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
+    inert={"n_inner": None},
     harmless=(
         "offset_alibi", "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add",
         "skip_bias_add_qkv",
@@ -471,7 +472,14 @@ STARCODER2 = LLAMA.but(
     },
     tensors={"model.layers.*.mlp.c_fc": "layers.*.mlp.up", "model.layers.*.mlp.c_proj": "layers.*.mlp.down"},
     without=(*GATE_UP_PROJECTIONS, "model.layers.*.mlp.down_proj"),
-    harmless=("norm_type", "mlp_type"),
+    harmless=(
+        "norm_type",
+        "mlp_type",
+        "activation_function",
+        "attention_softmax_in_fp32",
+        "scale_attention_softmax_in_fp32",
+        "layer_norm_epsilon",
+    ),
     gguf=(gguf.STARCODER2,),
 )
 
@@ -534,10 +542,10 @@ COHERE2 = COHERE.but(
         "nope_layers": lambda config: tuple(i for i, size in enumerate(_cohere2_windows(config)) if size is None),
         "qk_norm": constant("none"),
     },
-    harmless=("layer_switch", "order_of_interleaved_layers", "sliding_window_pattern", "_sliding_window_pattern"),
+    harmless=("layer_switch", "order_of_interleaved_layers", "use_parallel_embedding", "sliding_window_pattern", "_sliding_window_pattern"),
     inert={
         "position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_parallel_block": True, "use_qk_norm": False,
-        "use_embedding_sharing": True, "use_gated_activation": True, "use_parallel_embedding": False,
+        "use_embedding_sharing": True, "use_gated_activation": True,
     },
 )  # fmt: skip
 

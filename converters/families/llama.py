@@ -137,6 +137,7 @@ PHI3 = LLAMA.but(
         "model.layers.*.mlp.gate_up_proj": ("layers.*.mlp.gate", "layers.*.mlp.up"),
     },
     without=(*QKV_PROJECTIONS, *GATE_UP_PROJECTIONS),
+    inert={"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False},
     gguf=(gguf.PHI3,),
 )
 

@@ -241,10 +241,12 @@ def scaled(base: Rope, section: Config, config: Config, original: int | None = N
         kind = "longrope"
     if kind not in ("default", *SCALINGS):
         raise section.unsupported("rope_type" if "rope_type" in section else "type", SCALINGS)
-    base = replace(base, original_max_position=_original_max_position(section, config, original))
+    own = config.integer("original_max_position_embeddings", original)
+    if kind in ("llama3", "yarn", "longrope"):
+        base = replace(base, original_max_position=_original_max_position(section, config, own))
     result = {
-        "default": lambda *_: replace(base, original_max_position=0),
-        "linear": lambda *_: replace(base, scaling="linear", factor=section.number("factor"), original_max_position=0),
+        "default": lambda *_: base,
+        "linear": lambda *_: replace(base, scaling="linear", factor=section.number("factor")),
         "llama3": _llama3,
         "yarn": _yarn,
         "longrope": _longrope,
@@ -319,11 +321,10 @@ def _divisors(section: Config, key: str, dim: int) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _original_max_position(section: Config, config: Config, default: int | None) -> int:
+def _original_max_position(section: Config, config: Config, own: int | None) -> int:
     """The config's own entry wins over the section's, and so does the family's default of it, as in transformers."""
     given = section.integer("original_max_position_embeddings", None)
-    own = config.integer("original_max_position_embeddings", given if default is None else default)
-    return config.integer("max_position_embeddings") if own is None else own
+    return own or given or config.integer("max_position_embeddings")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

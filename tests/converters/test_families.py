@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trtx.converters.checkpoint import Checkpoint
@@ -18,7 +17,7 @@ from trtx.converters.errors import InputError, TrtxError, UnsupportedError
 from trtx.converters.families import FAMILIES, find_family
 from trtx.converters.spec import ModelSpec, Rope
 
-from . import tiny
+from . import published, tiny
 from .families import dense
 
 LLAMA3 = {
@@ -192,13 +191,7 @@ def test_every_row_says_what_it_is_for() -> None:
         assert set(family.fields) <= ModelSpec.__dataclass_fields__.keys()
 
 
-def published() -> list[Any]:
-    """Models whose hyperparameters and size were published, with where that was read."""
-    entries = yaml.safe_load((Path(__file__).parent / "data/published.yaml").read_text(encoding="utf-8"))
-    return [pytest.param(entry, id=entry["model"]) for entry in entries]
-
-
-@pytest.mark.parametrize("entry", published())
+@pytest.mark.parametrize("entry", published.entries(), ids=lambda entry: entry["model"])
 def test_published_models_have_the_published_size(entry: dict[str, Any]) -> None:
     assert all(entry[key] for key in ("source", "revision", "parameters_source"))
     spec = spec_of(entry["config"])
@@ -208,4 +201,4 @@ def test_published_models_have_the_published_size(entry: dict[str, Any]) -> None
 
 def test_every_row_has_a_published_model() -> None:
     parts = {family.name for family in FAMILIES if family.section}
-    assert {family.name for family in FAMILIES} - parts == {entry.values[0]["family"] for entry in published()}
+    assert {family.name for family in FAMILIES} - parts == {entry["family"] for entry in published.entries()}

@@ -18,6 +18,9 @@ from trtx.converters.convert import convert
 
 VARIANTS: dict[str, Variant] = {**dense.VARIANTS, **modern.VARIANTS, **classic.VARIANTS}
 
+FIRST = {variant.family: name for name, variant in reversed(VARIANTS.items())}
+"""A variant of each family."""
+
 SDPA_ONLY = ("falcon",)
 """Families that transformers' eager attention computes wrongly: with ALiBi it adds the bias twice."""
 

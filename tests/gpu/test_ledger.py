@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.builder.models import LLAMA_8B, sizing, spec_of
+from tests.converters import published
 from trtx.builder.ledger import account
 from trtx.builder.torch_backend import TorchBackend
 from trtx.converters.checkpoint import CheckpointConfig
@@ -65,6 +66,25 @@ def worst_steps(asked, tables):
 )
 def test_worst_steps_fit(form, compute, kv, batch, tokens, length):
     spec = spec_of(LLAMA_8B, num_hidden_layers=LAYERS)
+    assert_fits(spec, form, compute, kv, batch, tokens, length)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "family, layers",
+    [("deepseek_v2", 2), ("gemma2", 2), ("gpt_oss", 2), ("bloom", 2), ("qwen3_moe", 2), ("falcon", 2), ("opt", 2)],
+)
+@pytest.mark.parametrize("batch, tokens, length", [(16, 2048, 2048), (64, 512, 1024)])
+def test_worst_steps_of_other_families_fit(family, layers, batch, tokens, length):
+    """Latents, soft caps, sinks, ALiBi, experts: what no fused kernel computes takes room of its own."""
+    entry = next(entry for entry in published.entries() if entry["family"] == family)
+    config = {**entry["config"], "num_hidden_layers": layers}
+    spec = spec_of({key: value for key, value in config.items() if key != "layer_types"})
+    assert_fits(spec, "none", "bf16", "bf16", batch, tokens, min(length, spec.max_positions), least=0.3)
+
+
+def assert_fits(spec, form, compute, kv, batch, tokens, length, least=0.6):
+    """Weights are as large as the ledger says, and no step takes more than it set aside."""
     model = CheckpointConfig(spec, "bf16", Quantization(form, FORMATS[form].group_size(spec.hidden_size)))
     asked = sizing(
         model, compute_dtype=compute, kv_dtype=kv, max_batch_size=batch, max_num_tokens=tokens, max_seq_len=length
@@ -80,7 +100,7 @@ def test_worst_steps_fit(form, compute, kv, batch, tokens, length):
 
     kv_dtype = E4M3 if kv == "fp8" else DTYPES[kv]
     one = torch.ones((), device="cuda")
-    scales = [(one, one)] * LAYERS if kv == "fp8" else None
+    scales = [(one, one)] * spec.num_layers if kv == "fp8" else None
     layout = KVLayout.of(spec, asked.kv_block_size, kv_dtype.itemsize)
     cache = TorchKVCache(layout, ledger.sequence_blocks + 1, kv_dtype, torch.device("cuda"), scales)
     tables = (list(range(1, ledger.sequence_blocks + 1)),) * len(layout.groups)
@@ -93,4 +113,4 @@ def test_worst_steps_fit(form, compute, kv, batch, tokens, length):
     for step in worst_steps(asked, tables):
         run(step)
     peak = torch.cuda.max_memory_allocated() - resting
-    assert 0.6 * ledger.activations < peak <= ledger.activations + ledger.rope_tables
+    assert least * ledger.activations < peak <= ledger.activations + ledger.rope_tables
