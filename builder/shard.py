@@ -11,7 +11,6 @@ from trtx.converters.spec import Kind, ModelSpec, Module, Split
 from trtx.quantize.formats import DTYPES
 from trtx.runtime.kv_layout import KVLayout, kv_groups
 
-
 _FIRST_STAGE = ("positions", "embed_in", "embed_norm")
 
 

@@ -14,7 +14,11 @@ from trtx.cli.common import DtypeChoice, Force, Json, Verbose, emit, note, progr
 from trtx.converters.errors import InputError
 
 if TYPE_CHECKING:
-    from trtx.converters.convert import CheckReport, Conversion
+    from trtx.converters.convert import Conversion
+    from trtx.converters.report import CheckReport
+
+_SHOWN = 3
+"""Tensors that are named; --json names all."""
 
 
 def convert(
@@ -31,14 +35,14 @@ def convert(
     ] = None,
     dtype: Annotated[
         DtypeChoice,
-        typer.Option(help="Of the weights; auto: the source's, bf16 where a GGUF file is quantized."),
+        typer.Option(help="Of the weights; auto: the source's, bf16 where it is quantized."),
     ] = DtypeChoice.AUTO,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
     check: Annotated[
         bool,
         typer.Option(
             "--check",
-            help="Read headers only and say whether SRC would convert; a config.json, with or without an index, will do.",
+            help="Say whether SRC would convert, from headers only; if it has no weights, from config.json and index.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights.")] = 0,
@@ -98,7 +102,9 @@ def _render(result: Conversion) -> Table:
 def _render_check(report: CheckReport) -> Table:
     table = _facts(report)
     if report.ignored:
-        table.add_row("not needed", ", ".join(report.ignored))
+        more = len(report.ignored) - _SHOWN
+        shown = ", ".join(report.ignored[:_SHOWN])
+        table.add_row("not needed", f"{shown}, and {more} more" if more > 0 else shown)
     for text in report.notes:
         table.add_row("note", text)
     for problem in report.problems:

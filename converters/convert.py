@@ -10,9 +10,9 @@ import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import torch
@@ -23,54 +23,18 @@ from trtx.converters.checkpoint import CheckpointConfig, Dtype
 from trtx.converters.errors import InputError, UnsupportedError
 from trtx.converters.families import find_family
 from trtx.converters.mapping import Assignment, Piece, identity, resolve
+from trtx.converters.outline import check_outline
+from trtx.converters.report import TIED_AND_STORED, CheckReport, DtypeChoice, report_of
 from trtx.converters.shards import SHARD_BYTES, Entry, write_shards
-from trtx.converters.sources import Source, open_source
+from trtx.converters.sources import Source, open_outline, open_source
 from trtx.converters.spec import ModelSpec
 from trtx.quantize.formats import DTYPE_NAMES, Stored
 
-DtypeChoice = Literal["auto", "fp32", "fp16", "bf16"]
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 """Given the bytes to write, a context that yields `advance(bytes)`."""
 
 _CHUNK = 16 << 20
 """Elements cast at a time."""
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What a conversion would give.
-
-    Attributes:
-        source: what the user called it.
-        spec: the model.
-        dtype: of the checkpoint.
-        provenance: kind of source and where it is.
-        tensors: how many the checkpoint has.
-        parameters: a tied embedding counts once.
-        bytes: of the checkpoint's tensors.
-        ignored: stored tensors that are known and not needed.
-        problems: why it would not convert; empty when it would.
-        notes: what to know about it.
-    """
-
-    source: str
-    spec: ModelSpec
-    dtype: str
-    provenance: dict[str, Any]
-    tensors: int
-    parameters: int
-    bytes: int
-    ignored: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def converts(self) -> bool:
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**asdict(self), "converts": self.converts}
 
 
 @dataclass(frozen=True)
@@ -101,18 +65,7 @@ class _Plan:
     notes: tuple[str, ...]
 
     def report(self, name: str) -> CheckReport:
-        return CheckReport(
-            source=name,
-            spec=self.config.spec,
-            dtype=self.config.dtype,
-            provenance=self.source.provenance,
-            tensors=len(self.expected),
-            parameters=self.config.spec.parameters,
-            bytes=sum(stored.bytes for stored in self.expected.values()),
-            ignored=tuple(self.assignment.ignored),
-            problems=tuple(self.assignment.problems),
-            notes=self.notes,
-        )
+        return report_of(name, self.config, self.expected, self.assignment, self.notes)
 
     def entries(self) -> list[Entry]:
         return [
@@ -130,11 +83,16 @@ def silent(total: int) -> Iterator[Callable[[int], None]]:
 def check(source: str, *, dtype: DtypeChoice = "auto", revision: str | None = None, seed: int = 0) -> CheckReport:
     """Say whether a source would convert, from its headers alone.
 
+    A folder without weights is checked as far as its config.json and its index of shards tell.
+
     Args: as of `convert`.
 
     Raises:
         InputError, UnsupportedError, NetworkError: it can't be read, or its config.json is not modelled.
     """
+    outline = open_outline(source) if revision is None else None
+    if outline is not None:
+        return check_outline(source, outline, dtype)
     opened = open_source(source, revision=revision, seed=seed, headers_only=True)
     return _plan(opened, dtype, values=False).report(source)
 
@@ -155,7 +113,7 @@ def convert(
     Args:
         source: a Hugging Face folder, a hub id (`org/name`), a `.gguf` file, or `random:CONFIG.json`.
         out: the checkpoint's folder.
-        dtype: of the checkpoint; 'auto': the dtype of most stored parameters, bf16 for a quantized GGUF file.
+        dtype: of the checkpoint; 'auto': the dtype of most stored parameters, bf16 for a quantized source.
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is a trtx directory.
         seed: of random weights.
@@ -238,7 +196,7 @@ def _plan(source: Source, dtype: DtypeChoice, values: bool) -> _Plan:
     head, embedding = assignment.tied_head, assignment.pieces.get("embed.weight")
     if head and embedding:
         if not values:
-            notes = (f"{head} is stored although config.json ties it to the embedding; conversion compares the two.",)
+            notes = (TIED_AND_STORED.format(head),)
         elif _same(source, head, embedding.source):
             assignment.ignored.append(head)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def _open_weights(folder: Path) -> Shards | BinShards:
     )
 
 
-def _open_index(index: Path, store: type[Shards] | type[BinShards]) -> Shards | BinShards:
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file beside the index."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index}: has no 'weight_map' from tensors to files.", "Download the checkpoint again.")
@@ -127,6 +129,11 @@ def _open_index(index: Path, store: type[Shards] | type[BinShards]) -> Shards | 
             raise InputError(
                 f"{index}: names {file!r}, which is not a file beside it.", "Do not trust this checkpoint."
             )
+    return weight_map
+
+
+def _open_index(index: Path, store: type[Shards] | type[BinShards]) -> Shards | BinShards:
+    weight_map = _read_weight_map(index)
     shards = store([index.parent / file for file in sorted(set(weight_map.values()))])
     if absent := sorted(weight_map.keys() - shards.keys()):
         raise InputError(
@@ -134,6 +141,118 @@ def _open_index(index: Path, store: type[Shards] | type[BinShards]) -> Shards | 
             "Download the checkpoint again.",
         )
     return shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without weights
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a folder with a config.json and no weights tells.
+
+    Attributes:
+        config, config_name, provenance: as of `trtx.converters.sources.Source`.
+        index: of the shards, which are not there; None: there is no index.
+        names: of the stored tensors, from the index.
+        total_size: bytes of all stored tensors, from the index.
+        total_parameters: parameters of the model that was saved, from the index.
+    """
+
+    config: Mapping[str, Any]
+    config_name: str
+    provenance: dict[str, Any]
+    index: Path | None = None
+    names: tuple[str, ...] = ()
+    total_size: int | None = None
+    total_parameters: int | None = None
+
+
+def read_outline(folder: Path) -> Outline | None:
+    """What a folder without weights tells; None: a weight file is there, or no config.json.
+
+    Raises:
+        InputError: the config.json or the index is damaged.
+    """
+    indices = [folder / (name + _INDEX) for name in (SAFETENSORS, BIN) if (folder / (name + _INDEX)).is_file()]
+    maps = [_read_weight_map(index) for index in indices]
+    files = {SAFETENSORS, BIN}.union(*(weight_map.values() for weight_map in maps))
+    path = folder / "config.json"
+    if not path.is_file() or any((folder / file).exists() for file in files):
+        return None
+    outline = Outline(read_json_object(path), str(path), {"kind": "folder", "path": str(folder.absolute())})
+    if not indices:
+        return outline
+    return replace(
+        outline,
+        index=indices[0],
+        names=tuple(maps[0]),
+        total_size=_read_total(indices[0], "total_size"),
+        total_parameters=_read_total(indices[0], "total_parameters"),
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's tensors take in a file, as far as the config tells: each kind may be in 16 or in 32 bits.
+
+    Attributes:
+        kinds: number of elements by kind of tensor.
+        fixed: bytes of quantized values.
+        scales: number of their scales, all of one dtype of 8, 16 or 32 bits.
+    """
+
+    kinds: Mapping[str, int]
+    fixed: int = 0
+    scales: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Of the tensors that are not quantized."""
+        return sum(self.kinds.values())
+
+    @property
+    def least(self) -> int:
+        """Fewest bytes that all of it can take."""
+        return self.fixed + self.scales + 2 * self.elements
+
+    def wide(self, total: int) -> tuple[str, ...] | None:
+        """The kinds that are in 32 bits if all of it takes `total` bytes; None: no choice of them gives that."""
+        found: list[tuple[str, ...]] = []
+        for width in (4, 2, 1) if self.scales else (0,):
+            excess, odd = divmod(total - self.fixed - self.scales * width - 2 * self.elements, 2)
+            chosen = None if odd else _choose(self.kinds, excess)
+            if chosen is not None:
+                found.append(chosen)
+        return min(found, key=len, default=None)
+
+
+def _choose(kinds: Mapping[str, int], total: int) -> tuple[str, ...] | None:
+    """Kinds whose elements sum to `total`: each sum of one half of them is looked for among those of the other."""
+    if total == sum(kinds.values()):
+        return tuple(kinds)
+    names = list(kinds)
+    left, right = _sums(kinds, names[::2]), _sums(kinds, names[1::2])
+    found = [chosen + right[total - part] for part, chosen in left.items() if total - part in right]
+    return min(found, key=len, default=None)
+
+
+def _sums(kinds: Mapping[str, int], names: list[str]) -> dict[int, tuple[str, ...]]:
+    sums: dict[int, tuple[str, ...]] = {0: ()}
+    for name in names:
+        for part, chosen in list(sums.items()):
+            sums.setdefault(part + kinds[name], (*chosen, name))
+    return sums
+
+
+def _read_total(index: Path, key: str) -> int | None:
+    metadata = read_json_object(index).get("metadata") or {}
+    value = metadata.get(key) if isinstance(metadata, dict) else metadata
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not float(value).is_integer():  # some writers give 2.0
+        raise InputError(f"{index}: {key!r} is {value!r}; expected a whole number.", "Download it again.")
+    return int(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

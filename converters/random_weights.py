@@ -17,6 +17,7 @@ from trtx.converters.artifact import Draft, identify
 from trtx.converters.checkpoint import Dtype
 from trtx.converters.families import find_family
 from trtx.converters.hf_config import read_json_object
+from trtx.converters.prequantized import unquantized
 from trtx.converters.shards import Header
 from trtx.converters.tokenizer_files import copy_tokenizer
 from trtx.quantize.formats import DTYPES, Quantization
@@ -57,8 +58,8 @@ class RandomSource:
     headers: Mapping[str, Header]
 
     def __init__(self, config_path: Path, seed: int) -> None:
-        self.config = read_json_object(config_path)
         self.config_name = str(config_path)
+        self.config = unquantized(read_json_object(config_path), self.config_name)
         named = str(self.config.get("dtype") or self.config.get("torch_dtype"))
         self.default_dtype = dtype_name = _CONFIG_DTYPES.get(named, "bf16")
         self.provenance = {"kind": "random", "config": self.config_name, "seed": seed}

@@ -1,7 +1,8 @@
 """Where models come from.
 
 A source hands over what a model's files say, under Hugging Face's names: a config, tensors by name, and tokenizer
-files. Four kinds: a Hugging Face folder, a hub id, a GGUF file, random weights. Opening one reads headers only.
+files. Four kinds: a Hugging Face folder, a hub id, a GGUF file, random weights. Opening one reads headers only. Of the
+first two, checkpoints in MXFP4 and block fp8 are read as the unquantized ones that they stand for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from trtx.converters.artifact import MANIFEST, Draft
 from trtx.converters.checkpoint import Dtype
 from trtx.converters.errors import InputError
 from trtx.converters.gguf_file import GgufSource
-from trtx.converters.huggingface import FolderSource, open_hub
+from trtx.converters.huggingface import FolderSource, Outline, open_hub, read_outline
+from trtx.converters.prequantized import dequantized
 from trtx.converters.random_weights import RandomSource
 from trtx.converters.shards import Header
 
@@ -75,7 +77,7 @@ def open_source(text: str, *, revision: str | None = None, seed: int = 0, header
     """
     path = Path(text)
     if not path.exists() and _HUB_ID.fullmatch(text) and path.suffix != ".gguf":
-        return open_hub(text, revision, headers_only)
+        return dequantized(open_hub(text, revision, headers_only))
     if revision is not None:
         raise InputError(f"{text}: is not on the hub, so it has no revisions.", "Leave out --revision.")
     if text.startswith(RANDOM):
@@ -83,7 +85,7 @@ def open_source(text: str, *, revision: str | None = None, seed: int = 0, header
     if path.is_dir():
         if (path / MANIFEST).is_file():
             raise InputError(f"{path}: is a trtx directory already.", "Give it to `trtx quantize` or `trtx build`.")
-        return FolderSource(path)
+        return dequantized(FolderSource(path))
     if path.is_file():
         if path.suffix == ".gguf":
             return GgufSource(path)
@@ -92,3 +94,13 @@ def open_source(text: str, *, revision: str | None = None, seed: int = 0, header
         f"{text}: no such file or folder, and no hub id (org/name).",
         "Give a folder, a hub id, a .gguf file or random:CONFIG.json.",
     )
+
+
+def open_outline(text: str) -> Outline | None:
+    """What a folder without weights tells; None: it has weights, or `text` is something else.
+
+    Raises:
+        InputError: its config.json or index is damaged.
+    """
+    path = Path(text)
+    return read_outline(path) if path.is_dir() and not (path / MANIFEST).is_file() else None

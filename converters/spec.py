@@ -116,11 +116,11 @@ class Rope:
     Attributes:
         dim: rotated features; `head_dim` unless the family rotates only part.
         theta: base of the frequencies.
-        scaling: 'none'; 'linear' (positions divided by `factor`); 'llama3' (Llama 3.1's frequency bands);
+        scaling: 'none'; 'linear' (positions divided by `factor`); 'bands' (Llama 3.1's);
             'yarn' (Peng et al. 2023, arXiv:2309.00071); 'longrope' (Ding et al. 2024, arXiv:2402.13753).
         factor: context extension factor.
-        original_max_position: the context length before extension ('llama3', 'yarn', 'longrope').
-        low_freq_factor, high_freq_factor: band limits of 'llama3'.
+        original_max_position: the context length before extension ('bands', 'yarn', 'longrope').
+        low_freq_factor, high_freq_factor: limits of 'bands'.
         beta_fast, beta_slow, truncate: of 'yarn'.
         attention_factor: multiplies cos and sin ('yarn', 'longrope').
         short_factors, long_factors: divisors of each frequency ('longrope'); the long ones serve an engine whose
@@ -130,7 +130,7 @@ class Rope:
 
     dim: int
     theta: float = 10000.0
-    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    scaling: Literal["none", "linear", "bands", "yarn", "longrope"] = "none"
     factor: float = 1.0
     original_max_position: int = 0
     low_freq_factor: float = 1.0

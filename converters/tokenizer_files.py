@@ -62,6 +62,7 @@ class PreTokenizer:
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(),
     "smollm": PreTokenizer(single_digits=True),
+    "starcoder": PreTokenizer(single_digits=True),
     "llama-bpe": PreTokenizer(rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, adds_bos=True),
     "qwen2": PreTokenizer(rf"{_LETTERS}|\p{{N}}|{_REST}", nfc=True),
     "tekken": PreTokenizer(rf"{_TEKKEN_LETTERS}|\p{{N}}|{_TEKKEN_REST}", ignore_merges=True, adds_bos=True),

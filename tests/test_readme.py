@@ -63,3 +63,9 @@ def test_exit_codes_are_the_documented_ones():
     section = README.partition("## Exit codes")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", section, flags=re.MULTILINE)
     assert rows == [(str(code.value), text) for code, text in EXIT_CODES.items()]
+
+
+def test_family_table_is_the_generated_one():
+    """Put it right with: trtx families --markdown"""
+    shown = README.partition("<!-- families -->\n")[2].partition("<!-- end of families -->")[0]
+    assert shown == run(["trtx", "families", "--markdown"], ROOT)

@@ -15,20 +15,21 @@ along its rows, maps to all of them in order; `Packed` says what is less simple:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from trtx.converters.errors import InputError, UnsupportedError
 from trtx.converters.families.classic import CLASSICS
 from trtx.converters.families.family import Family, Packed
 from trtx.converters.families.gemma import GEMMAS
-from trtx.converters.families.llama import LLAMA, LLAMAS, MISTRAL
+from trtx.converters.families.gguf import Gguf, Module
+from trtx.converters.families.llama import LLAMA, LLAMAS
 from trtx.converters.families.moe import MOES
 from trtx.converters.hf_config import Config
 
 FAMILIES: tuple[Family, ...] = (*LLAMAS, *GEMMAS, *MOES, *CLASSICS)
 
-__all__ = ["FAMILIES", "Family", "Packed", "find_family", "find_gguf_family"]
+__all__ = ["FAMILIES", "LLAMA", "Family", "Gguf", "Module", "Packed", "find_family", "find_gguf_family"]
 
 
 def find_family(content: Mapping[str, Any], where: str) -> Family:
@@ -49,7 +50,7 @@ def find_family(content: Mapping[str, Any], where: str) -> Family:
         method = config.section("quantization_config").text("quant_method", "of an unnamed kind")
         raise UnsupportedError(
             f"{where}: 'quantization_config' is there ({method}): the checkpoint is quantized already.",
-            "Convert the unquantized model, then use `trtx quantize`.",
+            "Convert the unquantized model, or one in mxfp4 or fp8, then use `trtx quantize`.",
         )
     for family in FAMILIES:
         if architectures and not set(architectures) & set(family.architectures):
@@ -68,14 +69,20 @@ def find_family(content: Mapping[str, Any], where: str) -> Family:
     )
 
 
-def find_gguf_family(architecture: str, where: str, sliding_window: bool) -> Family:
-    """The family of a GGUF file: llama.cpp calls Mistral 'llama' too, and only its sliding window tells them apart.
+def find_gguf_family(architecture: str, stored: Collection[str], where: str) -> tuple[Family, Gguf]:
+    """The family of a GGUF file, and how it is stored there.
+
+    Args:
+        stored: the file's tensors, and the keys of the architecture's section that are not 0: they tell apart families
+            that share an architecture (`Gguf.when`); of several that fit, the last is the most special.
 
     Raises:
         UnsupportedError: no row of the table covers it.
     """
-    for family in FAMILIES:
-        if family.gguf == architecture:
-            return MISTRAL if family is LLAMA and sliding_window else family
-    known = ", ".join(family.gguf for family in FAMILIES if family.gguf)
+    rows = [(family, gguf) for family in FAMILIES for gguf in family.gguf or ()]
+    named = [row for row in rows if row[1].architecture == architecture]
+    fitting = [row for row in named if row[1].when is None or row[1].when in stored]
+    if fitting:
+        return fitting[-1]
+    known = ", ".join(dict.fromkeys(gguf.architecture for _, gguf in rows))
     raise UnsupportedError(f"{where}: GGUF architecture {architecture!r} is not supported.", f"Use one of: {known}.")

@@ -479,6 +479,7 @@ STARCODER2 = LLAMA.but(
         "attention_softmax_in_fp32",
         "scale_attention_softmax_in_fp32",
         "layer_norm_epsilon",
+        "scale_attn_weights",
     ),
     gguf=(gguf.STARCODER2,),
 )
@@ -542,7 +543,10 @@ COHERE2 = COHERE.but(
         "nope_layers": lambda config: tuple(i for i, size in enumerate(_cohere2_windows(config)) if size is None),
         "qk_norm": constant("none"),
     },
-    harmless=("layer_switch", "order_of_interleaved_layers", "use_parallel_embedding", "sliding_window_pattern", "_sliding_window_pattern"),
+    harmless=(
+        "layer_switch", "order_of_interleaved_layers", "use_parallel_embedding", "sliding_window_pattern",
+        "_sliding_window_pattern",
+    ),
     inert={
         "position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_parallel_block": True, "use_qk_norm": False,
         "use_embedding_sharing": True, "use_gated_activation": True,

@@ -106,7 +106,7 @@ class Family:
         section: the key of config.json that holds the language model's config, where it is part of something larger.
         beside: keys beside that section that say nothing about the language model.
         tied_outside: whether embeddings are tied where the config says nothing beside that section.
-        gguf: how llama.cpp's files store it; see `converters.families.gguf`.
+        gguf: how llama.cpp's files store it, in one way or several; see `converters.families.gguf`.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Family:
     section: str | None = None
     beside: tuple[str, ...] = ()
     tied_outside: bool = False
-    gguf: tuple[Gguf, ...] = ()
+    gguf: tuple[Gguf, ...] | None = None
 
     @property
     def kv_cache_in_fp8(self) -> bool:
@@ -152,7 +152,7 @@ class Family:
             changes: other attributes. Those that describe the models or llama.cpp's files are not taken over.
         """
         own: dict[str, Any] = {
-            "models": "", "features": "", "real": "", "harmless": (), "inert": {}, "gguf": (),
+            "models": "", "features": "", "real": "", "harmless": (), "inert": {}, "gguf": None,
         }  # fmt: skip
         kept = {source: target for source, target in self.tensors.items() if source not in without}
         return replace(

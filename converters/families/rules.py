@@ -247,7 +247,7 @@ def scaled(base: Rope, section: Config, config: Config, original: int | None = N
     result = {
         "default": lambda *_: base,
         "linear": lambda *_: replace(base, scaling="linear", factor=section.number("factor")),
-        "llama3": _llama3,
+        "llama3": _bands,
         "yarn": _yarn,
         "longrope": _longrope,
     }[kind](base, section, config)
@@ -255,10 +255,10 @@ def scaled(base: Rope, section: Config, config: Config, original: int | None = N
     return result
 
 
-def _llama3(base: Rope, section: Config, config: Config) -> Rope:
+def _bands(base: Rope, section: Config, config: Config) -> Rope:
     return replace(
         base,
-        scaling="llama3",
+        scaling="bands",
         factor=section.number("factor"),
         low_freq_factor=section.number("low_freq_factor"),
         high_freq_factor=section.number("high_freq_factor"),
@@ -324,7 +324,8 @@ def _divisors(section: Config, key: str, dim: int) -> tuple[float, ...]:
 def _original_max_position(section: Config, config: Config, own: int | None) -> int:
     """The config's own entry wins over the section's, and so does the family's default of it, as in transformers."""
     given = section.integer("original_max_position_embeddings", None)
-    return own or given or config.integer("max_position_embeddings")
+    found = given if own is None else own
+    return config.integer("max_position_embeddings") if found is None else found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def inverse_frequencies(rope: Rope, long: bool = False) -> Tensor:
     base = 1.0 / rope.theta ** (pairs / rope.dim)
     if rope.scaling == "linear":
         return base / rope.factor
-    if rope.scaling == "llama3":
-        return _llama3_frequencies(base, rope)
+    if rope.scaling == "bands":
+        return _banded_frequencies(base, rope)
     if rope.scaling == "yarn":
         return _yarn_frequencies(base, rope)
     if rope.scaling == "longrope":
@@ -38,7 +38,7 @@ def inverse_frequencies(rope: Rope, long: bool = False) -> Tensor:
     return base
 
 
-def _llama3_frequencies(base: Tensor, rope: Rope) -> Tensor:
+def _banded_frequencies(base: Tensor, rope: Rope) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     wavelength = 2 * math.pi / base
     ratio = rope.original_max_position / wavelength

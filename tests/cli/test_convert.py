@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from tests.converters import tiny
@@ -54,6 +57,45 @@ def test_check_fails_with_the_reason(folder: Path, tmp_path: Path) -> None:
     assert finished.exit_code == ExitCode.INPUT
     assert "layers.2.attn_norm.weight" in json.loads(finished.stdout)["problems"][0]
     assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("index", "seen", "words"),
+    [(False, "config", "yes (tensors were not seen)"), (True, "names", "yes (shapes were not seen)")],
+)
+def test_check_without_weights(folder: Path, tmp_path: Path, index: bool, seen: str, words: str) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    if index:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            weight_map = dict.fromkeys(file.keys(), "model-1.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    finished = trtx(tmp_path, "--check")
+    assert finished.exit_code == ExitCode.OK, finished.stderr
+    assert f"converts  {words}" in finished.stdout
+    result = json.loads(trtx(tmp_path, "--check", "--json").stdout)
+    assert (result["seen"], result["converts"], result["problems"]) == (seen, True, [])
+    refused = trtx(tmp_path, tmp_path / "out")
+    assert refused.exit_code == ExitCode.INPUT
+
+
+def test_check_names_what_an_index_lacks(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    weight_map = {"model.norm.weight": "model-1.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    finished = trtx(tmp_path, "--check")
+    assert finished.exit_code == ExitCode.INPUT
+    assert "29 tensors are missing: embed.weight" in finished.stdout
+    assert "converts  no" in finished.stdout
+
+
+def test_check_names_a_few_tensors_that_are_not_needed(folder: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(3)]
+    state = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    for extra, words in ((names[:1], names[0]), ([*names, names[0].replace("0", "3")], "and 1 more")):
+        tensors = {**state, **{name: torch.ones(4) for name in extra}}
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        assert words in trtx(tmp_path, "--check").stdout
 
 
 @pytest.mark.parametrize(

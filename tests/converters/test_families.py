@@ -120,7 +120,7 @@ def test_yarn_attention_factor_is_that_of_transformers(parameters: dict[str, Any
         ({"type": "linear", "factor": 2}, Rope(dim=8, theta=10000.0, scaling="linear", factor=2.0)),
         (
             {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
-            Rope(8, 10000.0, "llama3", 8.0, original_max_position=64, low_freq_factor=1.0, high_freq_factor=4.0),
+            Rope(8, 10000.0, "bands", 8.0, original_max_position=64, low_freq_factor=1.0, high_freq_factor=4.0),
         ),
         (
             {"type": "yarn", "factor": 4.0},

@@ -501,3 +501,152 @@ def test_values_that_fp16_does_not_hold(
     assert "'final_norm.weight'" in caught.value.cause
     assert words in caught.value.cause
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders without weights
+
+
+def outline(folder: Path, **metadata: Any) -> Path:
+    """Save the weights in shards, and remove all but their index.
+
+    Args:
+        metadata: replaces what the index says; None removes it.
+    """
+    state = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    totals = {"total_size": sum(tensor.nbytes for tensor in state.values()), **metadata}
+    known = {key: value for key, value in totals.items() if value is not None}
+    index = {"metadata": known, "weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("name", list(tiny.VARIANTS))
+def test_an_index_tells_as_much_as_headers(name: str, tmp_path: Path) -> None:
+    """But for shapes: every family, with names and totals as transformers writes them."""
+    tiny.of(tiny.VARIANTS[name]).save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = check(str(tmp_path))
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        shard.unlink()
+    found = check(str(tmp_path))
+    assert found.converts, found.problems
+    assert (expected.seen, found.seen) == ("headers", "names")
+    assert "no shapes" in found.notes[0]
+    assert sorted(found.ignored) == sorted(expected.ignored)
+    for what in ("spec", "dtype", "tensors", "parameters", "bytes"):
+        assert getattr(found, what) == getattr(expected, what)
+
+
+def test_a_config_tells_the_size(folder: Path) -> None:
+    expected = check(str(folder))
+    (folder / WEIGHTS).unlink()
+    found = check(str(folder))
+    assert (found.converts, found.seen, found.spec, found.bytes) == (True, "config", expected.spec, expected.bytes)
+    assert "neither names nor shapes" in found.notes[0]
+
+
+def test_an_index_of_bin_shards(folder: Path) -> None:
+    outline(folder).joinpath(f"{WEIGHTS}.index.json").rename(folder / "pytorch_model.bin.index.json")
+    report = check(str(folder))
+    assert (report.converts, report.seen) == (True, "names")
+
+
+@pytest.mark.parametrize("damage", [missing_tensor, extra_tensor, extra_layer])
+def test_an_index_with_other_names(folder: Path, damage: Any) -> None:
+    damage(folder)
+    expected = check(str(folder)).problems
+    assert check(str(outline(folder))).problems == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "metadata", "words"),
+    [
+        ({"intermediate_size": 52}, {}, ["total_size is", "which no choice of dtypes explains"]),
+        ({"vocab_size": 101}, {}, ["total_size is", "which no choice of dtypes explains"]),
+        ({}, {"total_size": 117633}, ["total_size is 117,633 bytes", "58,816", "117,632"]),
+        ({}, {"total_parameters": 29409}, ["total_parameters is 29,409; config.json describes 29,408"]),
+    ],
+)
+def test_totals_that_do_not_fit(
+    folder: Path, settings: dict[str, Any], metadata: dict[str, Any], words: list[str]
+) -> None:
+    edit_config(outline(folder, **metadata), **settings)
+    report = check(str(folder))
+    (problem,) = report.problems
+    assert all(word in problem for word in words), problem
+    assert not report.converts
+
+
+def test_the_total_of_a_wrapper_is_a_lower_bound(tmp_path: Path) -> None:
+    model = tiny.of(tiny.VARIANTS["mistral3"])
+    model.save_pretrained(tmp_path)
+    total = sum(tensor.nbytes for tensor in load_file(tmp_path / WEIGHTS).values())
+    report = check(str(outline(tmp_path, total_size=total + 1000)))
+    assert report.converts
+    assert any("not needed, of unknown sizes" in note for note in report.notes)
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(
+        (tmp_path / f"{WEIGHTS}.index.json").read_text().replace(str(total + 1000), "1000")
+    )
+    assert "total_size is 1,000 bytes" in check(str(tmp_path)).problems[0]
+
+
+def test_mixed_dtypes_are_noted(folder: Path) -> None:
+    state = {name: t if "layernorm" in name else t.bfloat16() for name, t in load_file(folder / WEIGHTS).items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    report = check(str(outline(folder)))
+    assert (report.converts, report.dtype) == (True, "bf16")
+    assert "in fp32: model.layers.*" in report.notes[-1]
+    assert "layernorm.weight" in report.notes[-1]
+
+
+@pytest.mark.parametrize(("named", "dtype"), [("float16", "fp16"), ("float32", "bf16"), (None, "bf16")])
+def test_dtype_of_an_index(folder: Path, named: str | None, dtype: str) -> None:
+    """16 bits by the total: which ones, config.json says."""
+    edit_config(outline(folder, total_size=58816), dtype=named)
+    assert check(str(folder)).dtype == dtype
+    assert check(str(folder), dtype="fp32").dtype == "fp32"
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_tied_head_counts_once_or_twice(tmp_path: Path, stored: bool, counted: bool) -> None:
+    embedding = tiny.save(tmp_path, tie_word_embeddings=True).model.embed_tokens.weight.detach()
+    state = load_file(tmp_path / WEIGHTS)
+    total = sum(tensor.nbytes for tensor in state.values()) + (embedding.nbytes if counted else 0)
+    if stored:
+        edit_tensors(tmp_path, **{"lm_head.weight": embedding.clone()})
+    report = check(str(outline(tmp_path, total_size=total, total_parameters=total // 4)))
+    assert (report.converts, report.dtype) == (True, "fp32")
+    assert any("tied output projection" in note for note in report.notes) == (stored != counted)
+    assert any("compares" in note for note in report.notes) == stored
+
+
+def test_an_index_without_totals(folder: Path) -> None:
+    report = check(str(outline(folder, total_size=None)))
+    assert (report.converts, report.dtype) == (True, "fp32")
+    assert "no total_size" in report.notes[-1]
+
+
+@pytest.mark.parametrize("total", ["1 GB", [1], 1.5, True])
+def test_a_total_that_is_no_number(folder: Path, total: Any) -> None:
+    with pytest.raises(InputError, match=r"'total_size' is .*; expected a whole number"):
+        check(str(outline(folder, total_size=total)))
+
+
+def test_converting_needs_weights(folder: Path, tmp_path: Path) -> None:
+    outline(folder)
+    with pytest.raises(InputError, match=r"model-00001-of-00001\.safetensors: no such file"):
+        convert(str(folder), tmp_path / "out")
+    (folder / f"{WEIGHTS}.index.json").unlink()
+    with pytest.raises(InputError, match="holds no weights"):
+        convert(str(folder), tmp_path / "out")
+
+
+def test_a_part_of_the_shards_is_no_outline(tmp_path: Path) -> None:
+    tiny.make("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(InputError, match="no such file"):
+        check(str(tmp_path))

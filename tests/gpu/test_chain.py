@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.converters.tiny import FIRST, checkpoint_of
-from tests.runtime.models import GREEDY, assert_greedy, engine_of, random_model, relative_error
+from tests.runtime.models import GREEDY, assert_greedy, engine_of, logits_of, random_model, relative_error
 from tests.runtime.test_smollm2 import PROMPTS
 from trtx.converters.checkpoint import Checkpoint
 from trtx.quantize.pipeline import QuantizeSettings, quantize
 from trtx.runtime.llm import LLM
 from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.tokenizer import Tokenizer
-from trtx.runtime.weights import WeightStore, load
 
 pytestmark = pytest.mark.gpu
 
@@ -128,16 +127,15 @@ def test_quantized_on_the_gpu(form, kv_cache, checkpoint, tmp_path, record_prope
 
 
 def logits_on(device: str, checkpoint: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of whole sequences [B, S] in fp32 → [B * S, V] on the CPU."""
+    """Logits of whole sequences [B, S] in fp32 → [B, S, V] on the CPU."""
     opened = Checkpoint(checkpoint)
-    ops = TorchOps(opened.spec, torch.float32, device, max_positions=ids.shape[1])
-    with torch.inference_mode():
-        return load(WeightStore.of_checkpoint(opened), ops).forward(ops.uncached_step(ids)).cpu()
+    return logits_of(opened, ids, TorchOps(opened.spec, torch.float32, device, max_positions=ids.shape[1]))
 
 
 def divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean KL divergence of the next-token distributions from the reference's, in nats."""
-    return F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean").item()
+    chosen, given = (x.flatten(0, -2).log_softmax(-1) for x in (logits, reference))
+    return F.kl_div(chosen, given, log_target=True, reduction="batchmean").item()
 
 
 def test_8b_engine_of_random_weights_runs_in_its_ledger(gpu, tmp_path, record_property):

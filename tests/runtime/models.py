@@ -11,7 +11,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from tests.converters import tiny
 from trtx.builder.build import BuildSettings, build
+from trtx.converters.checkpoint import Checkpoint
+from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.sampling import SamplingParams
+from trtx.runtime.weights import WeightStore, load
 
 GAP = 1e-4
 """A token counts as the greedy one when its logit is within this of the largest."""
@@ -28,6 +31,13 @@ def random_model(name: str, seed: int = 0, gain: float = 1.5) -> PreTrainedModel
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference, relative to the largest logit of its position."""
     return ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max().item()
+
+
+def logits_of(checkpoint: Checkpoint, ids: torch.Tensor, ops: TorchOps) -> torch.Tensor:
+    """Logits of whole sequences [B, S] → [B, S, V], fp32, on the CPU."""
+    with torch.inference_mode():
+        decoder = load(WeightStore.of_checkpoint(checkpoint), ops)
+        return decoder.forward(ops.uncached_step(ids)).view(*ids.shape, -1).float().cpu()
 
 
 def engine_of(checkpoint: Path, out: Path, **settings: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from tests.converters.tiny import VARIANTS, checkpoint_of
-from tests.runtime.models import assert_greedy, engine_of, random_model, relative_error
+from tests.runtime.models import assert_greedy, engine_of, logits_of, random_model, relative_error
 from trtx.converters.checkpoint import Checkpoint
 from trtx.converters.families import FAMILIES
 from trtx.converters.spec import MoE
+from trtx.runtime import decoder
+from trtx.runtime import ops as op_sets
 from trtx.runtime.llm import LLM
 from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.sampling import SamplingParams
-from trtx.runtime.weights import WeightStore, load
 
 LENGTH = 90
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
@@ -41,13 +43,6 @@ class RecordedOps(TorchOps):
         return self.routings[-1]
 
 
-def logits_of(checkpoint: Checkpoint, ids: Tensor, ops: TorchOps) -> Tensor:
-    """Logits [B, S, V] of whole sequences, fp32."""
-    with torch.inference_mode():
-        decoder = load(WeightStore.of_checkpoint(checkpoint), ops)
-        return decoder.forward(ops.uncached_step(ids)).view(*ids.shape, -1).float()
-
-
 def token_ids(batch: int, length: int) -> Tensor:
     """Random ids that no multimodal variant takes for an image."""
     return torch.randint(80, (batch, length), generator=torch.Generator().manual_seed(1))
@@ -61,6 +56,15 @@ def converted(name: str, folder: Path, gain: float = 1.5) -> tuple[PreTrainedMod
 
 def test_every_family_has_a_variant():
     assert {variant.family for variant in VARIANTS.values()} == {family.name for family in FAMILIES}
+
+
+def test_decoder_and_op_sets_name_no_family():
+    """They compute with the spec alone; where a formula comes from may be said beside it."""
+    files = [*Path(op_sets.__path__[0]).glob("*.py"), Path(decoder.__file__)]
+    for file in files:
+        code = re.sub(r'"""(?s:.*?)"""|#.*', "", file.read_text(encoding="utf-8"))
+        for name in {family.name.partition("_")[0] for family in FAMILIES}:
+            assert not re.search(rf"(\b|_){name}", code, flags=re.IGNORECASE), f"{file} names {name}"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
