@@ -264,6 +264,19 @@ SMOLLM3 = LLAMA.but(
     harmless=("max_window_layers",),
 )
 
+SEED_OSS = LLAMA.but(
+    "seed_oss",
+    "SeedOssForCausalLM",
+    models="Seed-OSS 36B",
+    features="biases on queries, keys and values",
+    fields={
+        "head_dim": integer("head_dim", 128),
+        "rope": rotary(integer("head_dim", 128)),
+        "qkv_bias": flag("attention_bias", True),
+        "o_bias": flag("attention_out_bias"),
+    },
+)
+
 MISTRAL3 = MISTRAL.part_of(
     "mistral3",
     "Mistral3ForConditionalGeneration",
@@ -277,5 +290,5 @@ MISTRAL3 = MISTRAL.part_of(
 )  # fmt: skip
 
 LLAMAS: tuple[Family, ...] = (
-    LLAMA, MISTRAL, MISTRAL3, QWEN2, QWEN3, PHI3, GLM, GLM4, OLMO2, EXAONE4, GRANITE, SMOLLM3,
+    LLAMA, MISTRAL, MISTRAL3, QWEN2, QWEN3, PHI3, GLM, GLM4, OLMO2, EXAONE4, GRANITE, SMOLLM3, SEED_OSS,
 )  # fmt: skip

@@ -53,5 +53,16 @@ VARIANTS: dict[str, Variant] = {
     "qwen2-some-windows": qwen2(use_sliding_window=True, sliding_window=20, max_window_layers=1),
     "qwen2-yarn": qwen2(rope_parameters=YARN),
     "qwen3": qwen3(head_dim=16),
+    "seed_oss": _variant("seed_oss", "seed_oss", "SeedOss", head_dim=16, pad_token_id=0, bos_token_id=1),
+    "seed_oss-out-bias": _variant(
+        "seed_oss",
+        "seed_oss",
+        "SeedOss",
+        head_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        attention_out_bias=True,
+        mlp_bias=True,
+    ),
     "qwen3-bias": qwen3(head_dim=16, attention_bias=True),
 }
