@@ -33,6 +33,7 @@ class Ledger:
         missing: how much more memory the engine needs; 0: it fits.
         kv_blocks: of the pool, block 0 (padding) included; never fewer than one sequence of max_seq_len needs.
         sequence_blocks: the most blocks that one sequence of max_seq_len holds.
+        token_bytes: what one token adds to the KV cache, all layers together, while no window has passed.
     """
 
     weights: int
@@ -45,6 +46,7 @@ class Ledger:
     missing: int
     kv_blocks: int
     sequence_blocks: int
+    token_bytes: int
 
     @property
     def rows(self) -> dict[str, int]:
@@ -90,6 +92,7 @@ def _account(sizing: Sizing, backend: Backend, shard: Shard) -> Ledger:
         missing=max(0, kv_cache - allowed),
         kv_blocks=blocks,
         sequence_blocks=per_sequence,
+        token_bytes=layout.token_bytes,
     )
 
 

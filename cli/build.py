@@ -160,6 +160,7 @@ def _to_json(blueprint: Blueprint) -> dict[str, Any]:
         "mapping": asdict(config.mapping),
         "fingerprint": asdict(config.fingerprint),
         "ledger": config.ledger,
+        "kv_bytes_per_token": blueprint.ledger.token_bytes,
         "workload": asdict(blueprint.workload),
         "plans_are": "unchecked estimates",
         "plans": [asdict(plan) for plan in blueprint.plans],
@@ -198,7 +199,8 @@ def _facts(blueprint: Blueprint) -> Table:
         f"{sizing.max_batch_size} sequences, {sizing.max_num_tokens} tokens a step, {sizing.max_seq_len} a sequence",
     )
     tokens = f"{ledger.kv_blocks:,} blocks of {sizing.kv_block_size} tokens in {sizing.kv_dtype}"
-    table.add_row("KV cache", f"{tokens}: {ledger.full_sequences:.1f} sequences of full length")
+    each = f"{decimal(ledger.token_bytes)} a token"
+    table.add_row("KV cache", f"{tokens}, {each}: {ledger.full_sequences:.1f} sequences of full length")
     return table
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builder.models import LLAMA_8B, TINY, llama_8b, sizing, spec_of
+from tests.converters import published
 from tests.converters.tiny import VARIANTS, config_json
 from trtx.builder.engine import ParallelMapping
 from trtx.builder.ledger import CPU_KV_CACHE, account
@@ -200,3 +201,10 @@ def test_weights_of_every_family_equal_what_the_op_set_holds(name):
     )
     held = held_bytes(weights.load(store, TorchOps(spec, DTYPES["bf16"])))
     assert held == BACKEND.weight_bytes(sizing(config), Shard(spec, ParallelMapping(), 0))
+
+
+def test_a_latent_cache_holds_the_latent_alone():
+    """DeepSeek V2-Lite: 27 layers of 512 + 64 numbers, where expanded keys and values would be 16 * (192 + 128)."""
+    entry = next(entry for entry in published.entries() if entry["family"] == "deepseek_v2")
+    ledger = account(sizing(CheckpointConfig(spec_of(entry["config"]), "bf16")), BACKEND)
+    assert ledger.token_bytes == 27 * (512 + 64) * 2
