@@ -21,8 +21,8 @@ class FakeRunner:
     changes the output.
     """
 
-    def __init__(self, limits: Limits, windows: tuple[int | None, ...] = (None, None)) -> None:
-        self.layout = KVLayout(kv_groups(windows), limits.kv_block_size, 1, 8, 2)
+    def __init__(self, limits: Limits, windows: tuple[int | None, ...] = (None, None), chunked: bool = False) -> None:
+        self.layout = KVLayout(kv_groups(windows, chunked), limits.kv_block_size, 1, 8, 2)
         self.limits = limits
         self.cache = [{} for _ in self.layout.groups]
         self.poison: set[tuple[int, ...]] = set()
@@ -50,7 +50,7 @@ class FakeRunner:
     def _next(self, piece: SequenceSlice, row: Row) -> int | None:
         seen = []
         for index, group in enumerate(self.layout.groups):
-            first = 0 if group.window is None else max(0, piece.end - group.window)
+            first = _first_seen(piece.end, group.window, group.chunked) if group.window else 0
             places = [self._place(piece.tables[index], position) for position in range(first, piece.end)]
             seen.append([self.cache[index][place] for place in places])
         if tuple(row.tokens[: row.prompt_length]) in self.poison:
@@ -63,11 +63,19 @@ def expected_token(seen: list[list[int]], index: int) -> int:
     return zlib.crc32(repr((seen, index)).encode()) % VOCAB
 
 
-def reference(prompt: Sequence[int], count: int, windows: Sequence[int | None], index: int = 0) -> list[int]:
+def _first_seen(length: int, window: int, chunked: bool) -> int:
+    """The first position that the last of `length` tokens attends to."""
+    last = length - 1
+    return last - last % window if chunked else max(0, length - window)
+
+
+def reference(
+    prompt: Sequence[int], count: int, windows: Sequence[int | None], index: int = 0, chunked: bool = False
+) -> list[int]:
     """What a sequence generates alone."""
     tokens = list(prompt)
     for _ in range(count):
-        seen = [tokens if w is None else tokens[-w:] for w in windows]
+        seen = [tokens if w is None else tokens[_first_seen(len(tokens), w, chunked) :] for w in windows]
         tokens.append(expected_token(seen, index))
     return tokens[len(prompt) :]
 
@@ -84,6 +92,8 @@ def make_limits(**changes) -> Limits:
     return Limits(**{**values, **changes})
 
 
-def make_executor(windows: tuple[int | None, ...] = (None, None), reuse: bool = True, **changes) -> Executor:
+def make_executor(
+    windows: tuple[int | None, ...] = (None, None), reuse: bool = True, chunked: bool = False, **changes
+) -> Executor:
     limits = make_limits(**changes)
-    return Executor(FakeRunner(limits, windows), limits, VOCAB, prefix_reuse=reuse)
+    return Executor(FakeRunner(limits, windows, chunked), limits, VOCAB, prefix_reuse=reuse)

@@ -31,14 +31,18 @@ def tokens(events: list[TokenEvent]) -> list[int]:
     return [event.token for event in events if event.token is not None]
 
 
-@pytest.mark.parametrize("windows", [(None, None), (None, 20), (20, 20)], ids=["full", "mixed", "windowed"])
+@pytest.mark.parametrize(
+    ("windows", "chunked"),
+    [((None, None), False), ((None, 20), False), ((20, 20), False), ((None, 20), True)],
+    ids=["full", "mixed", "windowed", "chunked"],
+)
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no-reuse"])
 @pytest.mark.parametrize("seed", range(4))
-def test_mixed_requests_get_what_they_would_get_alone(windows, reuse, seed):
+def test_mixed_requests_get_what_they_would_get_alone(windows, chunked, reuse, seed):
     """Random arrivals, shared prefixes, cancellations, n > 1, a pool that runs dry: same tokens, no block left."""
     rng = random.Random(seed)
     blocks = 16 if windows == (20, 20) else 41
-    executor = make_executor(windows, reuse, kv_blocks=blocks, max_num_tokens=rng.choice([8, 16, 64]))
+    executor = make_executor(windows, reuse, chunked, kv_blocks=blocks, max_num_tokens=rng.choice([8, 16, 64]))
     groups = [group.window for group in executor.runner.layout.groups]
     common = [rng.randrange(VOCAB) for _ in range(40)]
     wanted, events, cancelled = {}, defaultdict(list), set()
@@ -65,7 +69,7 @@ def test_mixed_requests_get_what_they_would_get_alone(windows, reuse, seed):
         for index in range(one.params.n):
             seen = events[one.id, index]
             assert [event.finish is not None for event in seen] == [False] * (len(seen) - 1) + [True]
-            alone = reference(one.prompt, one.params.max_tokens, groups, index)
+            alone = reference(one.prompt, one.params.max_tokens, groups, index, chunked)
             if seen[-1].finish is FinishReason.CANCELLED:
                 assert one.id in cancelled
                 alone = alone[: len(tokens(seen))]

@@ -14,8 +14,10 @@ MIXED = (None, 24, 24, 24)
 WINDOWED = (24,) * 4
 
 
-def manager(windows: tuple[int | None, ...] = FULL, blocks: int = 41, block_size: int = 8, **options) -> BlockManager:
-    return BlockManager(KVLayout(kv_groups(windows), block_size, 2, 16, 2), blocks, **options)
+def manager(
+    windows: tuple[int | None, ...] = FULL, blocks: int = 41, block_size: int = 8, chunked: bool = False, **options
+) -> BlockManager:
+    return BlockManager(KVLayout(kv_groups(windows, chunked), block_size, 2, 16, 2), blocks, **options)
 
 
 def fill(blocks: BlockManager, tokens: list[int], chunk: int = 16) -> SequenceBlocks:
@@ -30,13 +32,15 @@ def fill(blocks: BlockManager, tokens: list[int], chunk: int = 16) -> SequenceBl
 
 
 @pytest.mark.parametrize(
-    ("windows", "size"), [(FULL, 19), (MIXED, 61), (WINDOWED, 16)], ids=["full", "mixed", "windowed"]
+    ("windows", "chunked", "size"),
+    [(FULL, False, 19), (MIXED, False, 61), (WINDOWED, False, 16), (MIXED, True, 61)],
+    ids=["full", "mixed", "windowed", "chunked"],
 )
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no-reuse"])
-def test_invariants_hold_through_random_steps(windows, size, reuse):
+def test_invariants_hold_through_random_steps(windows, chunked, size, reuse):
     """free + used + cached == total after each of 10,000 random steps, and nothing is left in use at the end."""
     rng = random.Random(f"{windows}{reuse}")
-    blocks = manager(windows, blocks=size, reuse=reuse)
+    blocks = manager(windows, blocks=size, chunked=chunked, reuse=reuse)
     running: list[tuple[SequenceBlocks, list[int], int]] = []
     reused = refused = 0
     for _ in range(10_000):
@@ -124,6 +128,16 @@ def test_window_gives_blocks_back_and_keeps_what_is_visible():
     assert all(table[position // 8] for position in visible)
     assert blocks.pool.used <= -(-(24 + 8) // 8) + 1
     assert KVLayout(kv_groups(WINDOWED), 8, 2, 16, 2).blocks_for(200, 8) >= blocks.pool.used
+
+
+def test_chunk_gives_the_chunks_before_it_back():
+    blocks = manager(WINDOWED, chunked=True)
+    held = fill(blocks, list(range(200)), chunk=8)
+    (table,) = held.tables
+    last_chunk = range(199 // 24 * 24, 200)
+    assert all(table[position // 8] for position in last_chunk)
+    assert blocks.pool.used == len(last_chunk) // 8
+    assert KVLayout(kv_groups(WINDOWED, True), 8, 2, 16, 2).blocks_for(200, 8) >= blocks.pool.used
 
 
 def test_window_prefix_needs_only_the_window():
