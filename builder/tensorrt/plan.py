@@ -1,0 +1,188 @@
+"""From weights to a serialized TensorRT engine, a plan.
+
+One network, two optimization profiles: decode (one token a sequence) and prefill (chunks). Both contexts share the
+weights. KV caches are linear, a slot a sequence, bound in place: `keys.I` in and `new_keys.I` out are one address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trtx.builder.tensorrt.library import Flavor, messages, refusal
+from trtx.builder.tensorrt.network import Network
+from trtx.builder.tensorrt.ops import TensorRTOps, TensorRTStep
+from trtx.converters.spec import ModelSpec
+from trtx.runtime.weights import WeightStore
+from trtx.runtime.weights import load as load_decoder
+
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an engine is dimensioned for; see `builder.engine.Limits`."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Bounds of one optimization profile.
+
+    Attributes:
+        tokens: most tokens a sequence gets in a step.
+        total: most tokens of a step.
+    """
+
+    name: str
+    tokens: int
+    total: int
+
+
+def profiles(bounds: Bounds) -> list[Profile]:
+    """Decode first."""
+    chunk = min(bounds.max_num_tokens, bounds.max_seq_len)
+    decode = Profile("decode", 1, bounds.max_batch_size)
+    return [decode, Profile("prefill", chunk, bounds.max_num_tokens)] if chunk > 1 else [decode]
+
+
+def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(input, output) names of a layer's keys and values."""
+    return (f"keys.{layer}", f"new_keys.{layer}"), (f"values.{layer}", f"new_values.{layer}")
+
+
+def network(
+    store: WeightStore,
+    flavor: Flavor,
+    dtype: torch.dtype,
+    bounds: Bounds,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Network:
+    """The decoder as a network: its inputs are those of `TensorRTStep`, its output fp32 logits [R, V] and the caches.
+
+    Raises:
+        UnsupportedError: the model has something that no layer computes, or TensorRT refuses one.
+    """
+    spec = store.config.spec
+    net = Network(flavor)
+    ops = TensorRTOps(net, spec, dtype, bounds.max_seq_len)
+    decoder = load_decoder(store, ops, advance)
+    net.output(net.cast(decoder.forward(_inputs(net, spec, dtype, bounds)), torch.float32), LOGITS)
+    for layer, caches in ops.updated.items():
+        for (_, name), cache in zip(cache_names(layer), caches, strict=True):
+            net.output(cache, name)
+    return net
+
+
+def _inputs(net: Network, spec: ModelSpec, dtype: torch.dtype, bounds: Bounds) -> TensorRTStep:
+    def ids(name: str, rank: int = 1) -> Any:
+        return net.input(name, torch.int32, (-1,) * rank)
+
+    shape = (-1, spec.num_kv_heads, bounds.max_seq_len, spec.head_dim)
+    return TensorRTStep(
+        token_ids=ids("token_ids"),
+        positions=ids("positions"),
+        rows=ids("rows"),
+        query_index=ids("query_index", rank=2),
+        query_place=ids("query_place"),
+        starts=ids("starts"),
+        written=ids("written"),
+        lengths=ids("lengths"),
+        caches=[
+            tuple(net.input(name, dtype, shape) for name, _ in cache_names(layer))  # type: ignore[misc]
+            for layer in range(spec.num_layers)
+        ],
+    )
+
+
+def serialize(net: Network, spec: ModelSpec, bounds: Bounds, sm: str, advance: Callable[[int], None]) -> memoryview:
+    """Build the engine for one compute capability.
+
+    Args:
+        sm: '12.0'.
+        advance: called with 1 for each step that TensorRT finishes.
+
+    Raises:
+        UnsupportedError: TensorRT can't build it, with its reasons.
+        KeyboardInterrupt: Ctrl-C, after TensorRT has stopped.
+    """
+    trt, builder = net.trt, net.builder
+    config = builder.create_builder_config()
+    if hasattr(trt, "ComputeCapability"):
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_capability(trt, sm), 0)
+    for profile in profiles(bounds):
+        config.add_optimization_profile(_profile(builder, profile, spec, bounds))
+    monitor = _Monitor.of(trt, advance)
+    config.progress_monitor = monitor
+    said = messages(net.flavor)
+    said.take()
+    plan = builder.build_serialized_network(net.definition, config)
+    if monitor.cancelled:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise refusal(f"the engine for compute capability {sm}", said.take())
+    return memoryview(plan)
+
+
+def _capability(trt: Any, sm: str) -> Any:
+    name = f"SM{sm.replace('.', '')}"
+    known = [entry for entry in dir(trt.ComputeCapability) if entry.startswith("SM")]
+    if name not in known:
+        raise refusal(f"GPUs of compute capability {sm}", [f"it builds for {', '.join(known)}"])
+    return getattr(trt.ComputeCapability, name)
+
+
+def _profile(builder: Any, profile: Profile, spec: ModelSpec, bounds: Bounds) -> Any:
+    batch, total, tokens = bounds.max_batch_size, profile.total, profile.tokens
+    sizes = {
+        "token_ids": (1,), "positions": (1,), "query_place": (1,),
+    }  # fmt: skip
+    found = builder.create_optimization_profile()
+    for name in sizes:
+        found.set_shape(name, (1,), (total,), (total,))
+    found.set_shape("rows", (0,) if False else (1,), (batch,), (batch,))
+    found.set_shape("query_index", (1, 1), (batch, tokens), (batch, tokens))
+    found.set_shape("starts", (2,), (batch + 1,), (batch + 1,))
+    for name in ("written", "lengths"):
+        found.set_shape(name, (1,), (batch,), (batch,))
+    shape = (spec.num_kv_heads, bounds.max_seq_len, spec.head_dim)
+    for layer in range(spec.num_layers):
+        for name, _ in cache_names(layer):
+            found.set_shape(name, (1, *shape), (batch, *shape), (batch, *shape))
+    return found
+
+
+class _Monitor:
+    """Passes TensorRT's progress on, and stops it when the user does."""
+
+    cancelled = False
+
+    @staticmethod
+    def of(trt: Any, advance: Callable[[int], None]) -> Any:
+        class Monitor(trt.IProgressMonitor):
+            cancelled = False
+
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+
+            def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+                pass
+
+            def step_complete(self, phase: str, step: int) -> bool:
+                try:
+                    advance(1)
+                except KeyboardInterrupt:
+                    self.cancelled = True
+                return not self.cancelled
+
+            def phase_finish(self, phase: str) -> None:
+                pass
+
+        return Monitor()
