@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from trtx.builder.shard import Shard
 from trtx.builder.sizing import Sizing
 from trtx.converters.errors import UnsupportedError
+from trtx.runtime.kv_layout import KVLayout
+
+if TYPE_CHECKING:
+    from trtx.converters.artifact import Draft
+    from trtx.runtime.weights import WeightStore
 
 
 class Backend(ABC):
-    """What the ledger and the planner ask an op set's backend. All sizes are bytes on one rank."""
+    """What the ledger and the planner ask an op set's backend. All sizes are bytes on one rank.
+
+    Attributes:
+        compiles: an engine holds what `compile` writes instead of its weights.
+        padding_blocks: KV blocks that belong to no sequence and take room: 1 where block 0 does.
+    """
 
     name: str
     devices: tuple[str, ...]
+    compiles: bool = False
+    padding_blocks: int = 1
+
+    def fit(self, sizing: Sizing) -> Sizing:
+        """The dimensions as this backend holds them.
+
+        Raises:
+            UnsupportedError, MissingPackageError: it can't be built, with the reason.
+        """
+        return sizing
+
+    def versions(self) -> dict[str, str]:
+        """Libraries beside torch that make the engine, for its fingerprint."""
+        return {}
+
+    def compile(self, store: WeightStore, sizing: Sizing, draft: Draft, advance: Callable[[int], None]) -> None:
+        """Write the compiled engine of rank 0.
+
+        Args:
+            advance: called with the bytes of each weight taken in, and with as many again while it compiles.
+        """
+        raise AssertionError(f"{self.name} compiles nothing")
+
+    def kv_layout(self, sizing: Sizing, shard: Shard) -> KVLayout:
+        """How the KV cache of a rank is laid out."""
+        from trtx.builder.cost import ITEMSIZE
+
+        return shard.kv_layout(sizing.kv_block_size, ITEMSIZE[sizing.kv_dtype])
 
     @abstractmethod
     def weight_bytes(self, sizing: Sizing, shard: Shard) -> int:
@@ -46,13 +86,17 @@ def choose_backend(name: str, device: str) -> Backend:
     Raises:
         UnsupportedError: no such backend, or it does not run on the device.
     """
+    from trtx.builder.tensorrt.backend import TensorRTBackend
+    from trtx.builder.tensorrt.library import FLAVORS
     from trtx.builder.torch_backend import TorchBackend
 
     known: dict[str, Backend] = {"torch": TorchBackend()}
+    known.update((flavor.backend, TensorRTBackend(flavor)) for flavor in FLAVORS.values())
     if name == "auto":
-        return next(backend for backend in known.values() if device in backend.devices)
+        return known["torch"]
     if name not in known:
         raise UnsupportedError(f"--backend {name}: no such backend.", f"Use auto or {', '.join(known)}.")
     if device not in known[name].devices:
-        raise UnsupportedError(f"--backend {name}: does not run on {device}.", f"Use --gpu {known[name].devices[0]}.")
+        wanted = "Name a GPU with --gpu" if known[name].devices == ("cuda",) else "Use --gpu cpu"
+        raise UnsupportedError(f"--backend {name}: does not run on {device}.", f"{wanted}.")
     return known[name]

@@ -113,6 +113,13 @@ class Blueprint:
         assert self.checkpoint is not None
         return identify(self.checkpoint.path)
 
+    @property
+    def store(self) -> WeightStore:
+        """The weights, stored or drawn."""
+        if self.checkpoint is not None:
+            return WeightStore.of_checkpoint(self.checkpoint)
+        return WeightStore.of_seed(self.sizing.model, self.settings.seed, torch.device("cpu"))
+
     @cached_property
     def entries(self) -> list[Entry]:
         """The tensors of the engine, in the order in which the runtime loads them; none for random weights."""
@@ -136,9 +143,9 @@ class Blueprint:
                 kv_dtype=cast(Any, sizing.kv_dtype),
             ),
             mapping=sizing.mapping,
-            fingerprint=_fingerprint(sizing.target),
+            fingerprint=_fingerprint(sizing.target, self.backend),
             ledger=self.ledger.rows,
-            random_seed=None if self.random is None else self.settings.seed,
+            random_seed=None if self.random is None or self.backend.compiles else self.settings.seed,
         )
 
 
@@ -174,7 +181,7 @@ def prepare(source: Path | str, settings: BuildSettings) -> Blueprint:
     target = resolve(settings.gpu)
     backend = choose_backend(settings.backend, target.device)
     notes = [target.warning] if target.warning else []
-    sizing = _size(model, target, settings, notes)
+    sizing = backend.fit(_size(model, target, settings, notes))
     workload = _workload(sizing, settings)
     candidates = _candidates(sizing, backend, settings, workload)
     chosen = pick(candidates, sizing, backend)
@@ -213,10 +220,15 @@ def write(blueprint: Blueprint, out: Path, *, force: bool = False, progress: Pro
         force=force,
     ) as draft:
         config.write(draft)
+        if blueprint.backend.compiles:
+            with progress(2 * blueprint.sizing.model.bytes) as advance:
+                blueprint.backend.compile(blueprint.store, blueprint.sizing, draft, advance)
         if blueprint.random is not None:
             return blueprint.random.write_tokenizer(draft)
         assert blueprint.checkpoint is not None
         draft.copy(blueprint.checkpoint.path, TOKENIZER_FILES)
+        if blueprint.backend.compiles:
+            return []
         with progress(sum(entry.bytes for entry in blueprint.entries)) as advance:
             write_shards(draft, blueprint.entries, stem="weights", folder="rank0", advance=advance)
     return []
@@ -360,8 +372,8 @@ def _remarks(sizing: Sizing, backend: Backend) -> Iterator[str]:
         )
 
 
-def _fingerprint(target: Target) -> Fingerprint:
-    versions = {"trtx": __version__, "torch": torch.__version__}
+def _fingerprint(target: Target, backend: Backend) -> Fingerprint:
+    versions = {"trtx": __version__, "torch": torch.__version__, **backend.versions()}
     if target.device == "cuda" and torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     return Fingerprint(target.device, target.name, target.gpu.sm if target.gpu else "", versions)

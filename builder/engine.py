@@ -1,7 +1,8 @@
 """The engine: a directory for one GPU kind and one parallel layout.
 
     engine.json                             `EngineConfig`: model, limits, layout, ledger, fingerprint
-    rank0/weights-00001-of-0000N.safetensors  weights in kernel layout (fused groups where formats allow)
+    rank0/weights-00001-of-0000N.safetensors  weights in kernel layout (fused groups where formats allow), or
+    rank0/model.plan                        a TensorRT engine, which holds them
     tokenizer.json, …                       for prompts in text
     manifest.json                           what made it
 
@@ -23,6 +24,7 @@ from trtx.converters.shards import INDEX, Shards
 from trtx.converters.spec import from_json
 
 ENGINE = "engine.json"
+PLAN = "model.plan"
 ENGINE_FORMAT = 1
 
 
@@ -87,7 +89,7 @@ class EngineConfig:
         ledger: bytes by purpose, as `builder.ledger` planned them.
     """
 
-    backend: Literal["torch"]
+    backend: Literal["torch", "tensorrt", "tensorrt-rtx"]
     model: CheckpointConfig
     compute_dtype: Literal["fp32", "fp16", "bf16"]
     limits: Limits
@@ -142,6 +144,11 @@ class Engine:
     def rank(self, index: int) -> Path:
         """The folder of one rank's weights."""
         return self.path / f"rank{index}"
+
+    @property
+    def plan(self) -> Path:
+        """The TensorRT engine of rank 0."""
+        return self.rank(0) / PLAN
 
     @cached_property
     def shards(self) -> Shards:

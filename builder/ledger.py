@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from trtx.builder.backend import Backend
-from trtx.builder.cost import ITEMSIZE
 from trtx.builder.shard import Shard
 from trtx.builder.sizing import Sizing
 
@@ -67,7 +66,7 @@ def account(sizing: Sizing, backend: Backend) -> Ledger:
 
 
 def _account(sizing: Sizing, backend: Backend, shard: Shard) -> Ledger:
-    layout = shard.kv_layout(sizing.kv_block_size, ITEMSIZE[sizing.kv_dtype])
+    layout = backend.kv_layout(sizing, shard)
     weights = backend.weight_bytes(sizing, shard)
     activations = backend.activation_bytes(sizing, shard)
     tables = backend.table_bytes(sizing)
@@ -77,10 +76,11 @@ def _account(sizing: Sizing, backend: Backend, shard: Shard) -> Ledger:
     budget = int(memory * sizing.memory_fraction)
     room = budget - weights - activations - tables - workspace
     per_sequence = layout.blocks_for(sizing.max_seq_len, sizing.max_num_tokens)
-    least, most = 1 + per_sequence, 1 + sizing.max_batch_size * per_sequence
+    padding = backend.padding_blocks
+    least, most = padding + per_sequence, padding + sizing.max_batch_size * per_sequence
     allowed = min(room, _kv_limit(sizing, least * layout.block_bytes))
-    blocks = max(least, min(most, allowed // layout.block_bytes))
-    kv_cache = blocks * layout.block_bytes
+    held = max(least, min(most, allowed // layout.block_bytes))
+    kv_cache = held * layout.block_bytes
     return Ledger(
         weights=weights,
         kv_cache=kv_cache,
@@ -90,7 +90,7 @@ def _account(sizing: Sizing, backend: Backend, shard: Shard) -> Ledger:
         free=max(0, room - kv_cache),
         reserve=memory - budget,
         missing=max(0, kv_cache - allowed),
-        kv_blocks=blocks,
+        kv_blocks=1 + held - padding,
         sequence_blocks=per_sequence,
         token_bytes=layout.token_bytes,
     )

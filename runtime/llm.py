@@ -18,7 +18,7 @@ from trtx.builder.engine import Engine, EngineConfig
 from trtx.converters.errors import InputError, RequestError, TrtxError
 from trtx.runtime.executor import Executor
 from trtx.runtime.request import FinishReason, Logprob, Request, TokenEvent
-from trtx.runtime.runner import TorchRunner
+from trtx.runtime.runner import runner_of
 from trtx.runtime.sampling import SamplingParams
 from trtx.runtime.tokenizer import TextStream, Tokenizer
 
@@ -118,7 +118,7 @@ class LLM:
         self.config: EngineConfig = opened.config
         self._tokenizer = Tokenizer.load(opened.path) if (opened.path / "tokenizer.json").is_file() else None
         eos_ids = self._tokenizer.eos_ids if self._tokenizer else frozenset()
-        runner = TorchRunner(opened, device, advance)
+        runner = runner_of(opened, device, advance)
         self.notes = runner.notes
         self.executor = Executor(
             runner,

@@ -24,6 +24,8 @@ class Runner(Protocol):
 
     layout: KVLayout
     """How the runner's KV cache is laid out."""
+    notes: list[str]
+    """How this machine differs from the one that the engine was built for."""
 
     def run(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
         """Compute a step: put the batch into the KV cache and choose a token for each slice that wants logits.
@@ -33,6 +35,15 @@ class Runner(Protocol):
             rows: one for each wanted row of logits, in the order of the batch.
         """
         ...
+
+
+def runner_of(engine: Engine, device: str | None, advance: Callable[[int], None]) -> Runner:
+    """The runner of an engine's backend; see `TorchRunner` for arguments and errors."""
+    if engine.config.backend == "torch":
+        return TorchRunner(engine, device, advance)
+    from trtx.runtime.tensorrt_runner import open_runner
+
+    return open_runner(engine, device)
 
 
 class TorchRunner:
@@ -56,7 +67,7 @@ class TorchRunner:
         config, limits = engine.config, engine.config.limits
         self.device = device_of(engine, device)
         self.notes = differences(engine, self.device)
-        _require_memory(engine, self.device)
+        require_memory(engine, self.device)
         dtype = DTYPES[config.compute_dtype]
         store = weights.WeightStore.of_engine(engine, self.device)
         fp8 = limits.kv_dtype == "fp8"
@@ -120,7 +131,7 @@ def differences(engine: Engine, device: torch.device) -> list[str]:
     ]
 
 
-def _require_memory(engine: Engine, device: torch.device) -> None:
+def require_memory(engine: Engine, device: torch.device) -> None:
     # On a CPU the rest is small beside what the kernel can reclaim.
     purposes = ["weights", "kv_cache"]
     if device.type == "cuda":

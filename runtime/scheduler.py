@@ -86,6 +86,7 @@ class Scheduler:
     manager: BlockManager
     max_batch_size: int
     max_num_tokens: int
+    max_seq_len: int
     running: list[Sequence] = field(default_factory=list)
     waiting: deque[Sequence] = field(default_factory=deque)
     preemptions: int = 0
@@ -166,8 +167,8 @@ class Scheduler:
         """Start a waiting sequence; returns the size of its first chunk, 0 when the pool has no room for all of it."""
         blocks, known = self._open(sequence)
         count = min(len(sequence.tokens) - known, budget)
-        # One spare block for each running sequence, so that admission is not followed by preemption at once.
-        spare = self.manager.pool.available - len(self.running)
+        # One spare block for each running sequence that will grow, or admission would be followed by preemption at once.
+        spare = self.manager.pool.available - sum(map(self._will_grow, self.running))
         needed = self.manager.missing_whole(blocks, len(sequence.tokens), self.max_num_tokens)
         if needed > spare or not self.manager.reserve(blocks, known, known + count):
             self.manager.close(blocks)
@@ -177,6 +178,13 @@ class Scheduler:
         sequence.blocks, sequence.computed, sequence.parent = blocks, known, None
         self.reused += known
         return count
+
+    def _will_grow(self, sequence: Sequence) -> bool:
+        """Whether a running sequence may need more blocks than it holds."""
+        assert sequence.blocks is not None
+        wanted = sequence.request.params.max_tokens
+        length = self.max_seq_len if wanted is None else min(sequence.prompt_length + wanted, self.max_seq_len)
+        return self.manager.missing_whole(sequence.blocks, length, self.max_num_tokens) > 0
 
     def _open(self, sequence: Sequence) -> tuple[SequenceBlocks, int]:
         parent = sequence.parent

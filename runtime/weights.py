@@ -44,6 +44,11 @@ class WeightStore:
         model, seed = engine.config.model, engine.config.random_seed
         if seed is None:
             return cls(model, engine.shards.tensor, engine.shards.__contains__)
+        return cls.of_seed(model, seed, device)
+
+    @classmethod
+    def of_seed(cls, model: CheckpointConfig, seed: int, device: torch.device) -> WeightStore:
+        """Random tensors, drawn when they are asked for."""
         expected = model.expected()
 
         def generate(name: str) -> Tensor:

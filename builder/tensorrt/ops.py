@@ -65,6 +65,23 @@ class TensorRTStep:
     caches: list[tuple[Value, Value]]
 
 
+def require_model(spec: ModelSpec) -> None:
+    """Refuse what has no layers here.
+
+    Raises:
+        UnsupportedError: latent attention, or experts.
+    """
+    reasons = {
+        "latent attention (MLA): TensorRT's attention takes keys and values of one shape": spec.latent,
+        "experts: the mixture-of-experts layer of TensorRT serves other GPUs, and no other form is built yet": spec.moe,
+    }
+    for reason, there in reasons.items():
+        if there:
+            raise UnsupportedError(
+                f"The TensorRT backends do not build {spec.family}: it has {reason}.", "Use --backend torch."
+            )
+
+
 class TensorRTOps(Ops):
     """Adds layers to `net`.
 
@@ -74,12 +91,7 @@ class TensorRTOps(Ops):
     """
 
     def __init__(self, net: Network, spec: ModelSpec, dtype: torch.dtype, max_positions: int) -> None:
-        if spec.latent:
-            raise UnsupportedError(
-                f"{spec.family}: TensorRT's attention takes keys and values of one shape, and latent attention (MLA) "
-                "has none.",
-                "Use --backend torch.",
-            )
+        require_model(spec)
         self.net = net
         self.spec = spec
         self.dtype = dtype
@@ -301,14 +313,12 @@ class TensorRTOps(Ops):
         raise AssertionError("refused when the op set was made")
 
     def route(self, x: Value, router: Linear, correction: Value | None, moe: MoE) -> tuple[Value, Value]:
-        raise UnsupportedError(
-            "Mixtures of experts are not built by the TensorRT backends of this version.", "Use --backend torch."
-        )
+        raise AssertionError("refused when the op set was made")
 
     def experts(
         self, x: Value, routing: tuple[Value, Value], experts: Sequence[Mlp], activation: Activation, weighs_input: bool
     ) -> Value:
-        raise AssertionError("refused when tokens were routed")
+        raise AssertionError("refused when the op set was made")
 
     def rows(self, x: Value, step: TensorRTStep) -> Value:
         return self.net.gather(x, step.rows)

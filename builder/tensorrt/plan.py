@@ -95,22 +95,29 @@ def _inputs(net: Network, spec: ModelSpec, dtype: torch.dtype, bounds: Bounds) -
         written=ids("written"),
         lengths=ids("lengths"),
         caches=[
-            tuple(net.input(name, dtype, shape) for name, _ in cache_names(layer))  # type: ignore[misc]
+            tuple(net.input(name, dtype, shape) for name, _ in cache_names(layer))
             for layer in range(spec.num_layers)
         ],
     )
 
 
-def serialize(net: Network, spec: ModelSpec, bounds: Bounds, sm: str, advance: Callable[[int], None]) -> memoryview:
+def serialize(
+    net: Network,
+    spec: ModelSpec,
+    bounds: Bounds,
+    sm: str,
+    total: int = 1,
+    advance: Callable[[int], None] = lambda count: None,
+) -> memoryview:
     """Build the engine for one compute capability.
 
     Args:
         sm: '12.0'.
-        advance: called with 1 for each step that TensorRT finishes.
+        advance: called with parts of `total` as TensorRT gets on.
 
     Raises:
         UnsupportedError: TensorRT can't build it, with its reasons.
-        KeyboardInterrupt: Ctrl-C, after TensorRT has stopped.
+        KeyboardInterrupt: Ctrl-C, once TensorRT has stopped.
     """
     trt, builder = net.trt, net.builder
     config = builder.create_builder_config()
@@ -119,16 +126,43 @@ def serialize(net: Network, spec: ModelSpec, bounds: Bounds, sm: str, advance: C
         config.set_compute_capability(_capability(trt, sm), 0)
     for profile in profiles(bounds):
         config.add_optimization_profile(_profile(builder, profile, spec, bounds))
-    monitor = _Monitor.of(trt, advance)
+    monitor = _monitor(trt, total, advance)
     config.progress_monitor = monitor
     said = messages(net.flavor)
     said.take()
     plan = builder.build_serialized_network(net.definition, config)
-    if monitor.cancelled:
+    if monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
         raise refusal(f"the engine for compute capability {sm}", said.take())
     return memoryview(plan)
+
+
+def _monitor(trt: Any, total: int, advance: Callable[[int], None]) -> Any:
+    """Passes TensorRT's progress on, and stops it where the user does."""
+
+    class Monitor(trt.IProgressMonitor):
+        interrupted = False
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.shares: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.shares[phase] = total // max(1, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            try:
+                advance(self.shares.get(phase, 0))
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+    return Monitor()
 
 
 def _capability(trt: Any, sm: str) -> Any:
@@ -141,48 +175,22 @@ def _capability(trt: Any, sm: str) -> Any:
 
 def _profile(builder: Any, profile: Profile, spec: ModelSpec, bounds: Bounds) -> Any:
     batch, total, tokens = bounds.max_batch_size, profile.total, profile.tokens
-    sizes = {
-        "token_ids": (1,), "positions": (1,), "query_place": (1,),
-    }  # fmt: skip
+    most: dict[str, tuple[int, ...]] = {
+        "token_ids": (total,),
+        "positions": (total,),
+        "query_place": (total,),
+        "rows": (batch,),
+        "query_index": (batch, tokens),
+        "starts": (batch + 1,),
+        "written": (batch,),
+        "lengths": (batch,),
+    }
     found = builder.create_optimization_profile()
-    for name in sizes:
-        found.set_shape(name, (1,), (total,), (total,))
-    found.set_shape("rows", (0,) if False else (1,), (batch,), (batch,))
-    found.set_shape("query_index", (1, 1), (batch, tokens), (batch, tokens))
-    found.set_shape("starts", (2,), (batch + 1,), (batch + 1,))
-    for name in ("written", "lengths"):
-        found.set_shape(name, (1,), (batch,), (batch,))
-    shape = (spec.num_kv_heads, bounds.max_seq_len, spec.head_dim)
+    for name, sizes in most.items():
+        least = (2,) if name == "starts" else (1,) * len(sizes)
+        found.set_shape(name, least, sizes, sizes)
+    slot = (spec.num_kv_heads, bounds.max_seq_len, spec.head_dim)
     for layer in range(spec.num_layers):
         for name, _ in cache_names(layer):
-            found.set_shape(name, (1, *shape), (batch, *shape), (batch, *shape))
+            found.set_shape(name, (1, *slot), (batch, *slot), (batch, *slot))
     return found
-
-
-class _Monitor:
-    """Passes TensorRT's progress on, and stops it when the user does."""
-
-    cancelled = False
-
-    @staticmethod
-    def of(trt: Any, advance: Callable[[int], None]) -> Any:
-        class Monitor(trt.IProgressMonitor):
-            cancelled = False
-
-            def __init__(self) -> None:
-                trt.IProgressMonitor.__init__(self)
-
-            def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-                pass
-
-            def step_complete(self, phase: str, step: int) -> bool:
-                try:
-                    advance(1)
-                except KeyboardInterrupt:
-                    self.cancelled = True
-                return not self.cancelled
-
-            def phase_finish(self, phase: str) -> None:
-                pass
-
-        return Monitor()

@@ -148,7 +148,7 @@ class TorchOps(Ops):
         return ResidentLinear(
             weight=form.weight(tensors, self.dtype),
             bias=None if bias is None else bias.to(self.dtype),
-            activation=(lambda x: form.activation(x, kept)) if kept else None,
+            activation=(lambda x: form.activation(x, kept)) if form.changes_input else None,
             rows=weight.rows,
         )
 

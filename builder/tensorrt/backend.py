@@ -1,0 +1,117 @@
+"""The backends `tensorrt` and `tensorrt-rtx`, as building sees them.
+
+Memory, told from the network: weights are held once, by the engine that both contexts share. KV caches are linear, a
+slot of max_seq_len for each sequence. What TensorRT takes for activations is known only once it has planned them, on
+the GPU; the ledger's figure is an estimate: the widest layer's inputs and outputs, queries padded to the longest chunk,
+and the scores of all heads where they are spelt out in layers.
+
+Building holds the weights once more in TensorRT, and the plan: about three times the plan's size at the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from trtx.builder.backend import Backend
+from trtx.builder.cost import ITEMSIZE
+from trtx.builder.shard import Shard
+from trtx.builder.sizing import Sizing
+from trtx.builder.tensorrt.library import Flavor, load
+from trtx.converters.spec import LATENT_NORMS, Kind
+from trtx.quantize.formats import DTYPES
+from trtx.runtime.kv_layout import KVGroup, KVLayout
+
+if TYPE_CHECKING:
+    from trtx.converters.artifact import Draft
+    from trtx.runtime.weights import WeightStore
+
+_MIB = 1 << 20
+CONTEXT = 512 * _MIB
+"""CUDA context and TensorRT's runtime."""
+
+
+class TensorRTBackend(Backend):
+    """A network of native layers, compiled for one compute capability."""
+
+    devices, compiles, padding_blocks = ("cuda",), True, 0
+
+    def __init__(self, flavor: Flavor) -> None:
+        self.flavor = flavor
+        self.name = flavor.backend
+
+    def fit(self, sizing: Sizing) -> Sizing:
+        from trtx.builder.tensorrt.modes import require
+        from trtx.builder.tensorrt.ops import require_model
+
+        load(self.flavor)
+        require_model(sizing.model.spec)
+        assert sizing.target.gpu is not None
+        form = sizing.model.quantization.format
+        require(self.flavor, sizing.target.gpu.sm, form, sizing.compute_dtype, sizing.kv_dtype)
+        return replace(sizing, kv_block_size=sizing.max_seq_len)
+
+    def versions(self) -> dict[str, str]:
+        return {self.flavor.module: load(self.flavor).__version__}
+
+    def compile(self, store: WeightStore, sizing: Sizing, draft: Draft, advance: Callable[[int], None]) -> None:
+        from trtx.builder.engine import PLAN
+        from trtx.builder.tensorrt.plan import Bounds, network, serialize
+
+        assert sizing.target.gpu is not None
+        bounds = Bounds(sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len)
+        net = network(store, self.flavor, DTYPES[sizing.compute_dtype], bounds, advance)
+        plan = serialize(net, store.config.spec, bounds, sizing.target.gpu.sm, store.config.bytes, advance)
+        folder = draft.path / "rank0"
+        folder.mkdir()
+        (folder / PLAN).write_bytes(plan)
+
+    def kv_layout(self, sizing: Sizing, shard: Shard) -> KVLayout:
+        return slot_layout(sizing, shard)
+
+    def weight_bytes(self, sizing: Sizing, shard: Shard) -> int:
+        size, quantization = ITEMSIZE[sizing.compute_dtype], sizing.model.quantization
+        total = 0
+        for module in shard.modules():
+            stored = quantization.stored(module, DTYPES[sizing.compute_dtype])
+            total += sum(tensor.bytes for tensor in stored.values())
+            if module.kind is Kind.NORM and shard.spec.norm.offset and not module.name.endswith(LATENT_NORMS):
+                total += module.parameters * (4 - size)
+        return total
+
+    def streamed_bytes(self, sizing: Sizing, tokens: int) -> int:
+        from trtx.builder.cost import weight_bytes
+
+        return weight_bytes(replace(sizing.model, dtype=cast(Any, sizing.compute_dtype)), tokens)
+
+    def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
+        spec, tp = shard.spec, shard.mapping.tp
+        size, tokens, batch = ITEMSIZE[sizing.compute_dtype], sizing.max_num_tokens, sizing.max_batch_size
+        heads = spec.num_heads // tp
+        chunk = min(tokens, sizing.max_seq_len)
+        padded = batch * chunk * heads * spec.head_dim * size
+        spelt_out = spec.attention_softcap is not None or spec.sinks
+        scores = batch * heads * chunk * sizing.max_seq_len * 8 if spelt_out else 0
+        masks = 0 if all(w is None for w in spec.windows) and not spec.alibi else batch * chunk * sizing.max_seq_len
+        layer = tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size // tp) * size
+        return 3 * padded + scores + masks * (heads * size if spec.alibi else 1) + layer + 4 * batch * spec.vocab_size
+
+    def table_bytes(self, sizing: Sizing) -> int:
+        spec = sizing.model.spec
+        rotated = sum(rope.dim for rope in {spec.rope, spec.local_rope} if rope)
+        return sizing.max_seq_len * rotated * ITEMSIZE[sizing.compute_dtype]
+
+    def workspace_bytes(self, sizing: Sizing) -> int:
+        return CONTEXT
+
+    def math_dtype(self, sizing: Sizing) -> str:
+        units = {"fp8": "fp8", "int8_sq": "int8", "nvfp4": "fp4"}
+        return units.get(sizing.model.quantization.format, sizing.compute_dtype)
+
+
+def slot_layout(sizing: Sizing, shard: Shard) -> KVLayout:
+    """A block is a slot: max_seq_len tokens of all layers; windows give nothing back."""
+    group = KVGroup(None, tuple(range(len(shard.layers))))
+    heads = shard.spec.num_kv_heads // shard.mapping.tp
+    return KVLayout((group,), sizing.max_seq_len, heads, shard.spec.head_dim, ITEMSIZE[sizing.kv_dtype])
