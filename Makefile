@@ -2,6 +2,7 @@
 #
 #   make demo        SmolLM2-135M: converted, quantized, built, answering, benchmarked (in demo/)
 #   make test        lint, types and all tests; `make test-fast` leaves out the slow tests
+#   make test-tensorrt   the TensorRT backends on this machine's GPU
 #   make clean       removes what the others made, except .venv and .cache; `make distclean` those too
 #
 # Settings: PYTHON=python3.12
@@ -18,7 +19,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast lint typecheck clean distclean
+.PHONY: demo test test-fast test-tensorrt lint typecheck clean distclean
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
@@ -62,6 +63,11 @@ test: lint typecheck .venv/dev
 
 test-fast: .venv/dev
 	$(PYTEST) -m 'not slow and not gpu'
+
+# On a machine with an RTX GPU, or with `tensorrt` in .venv: report what it prints, and the file it names.
+test-tensorrt: .venv/dev
+	TRTX_GPU_RESULTS=tensorrt-results.json $(BIN)/pytest -m gpu tests/gpu/test_tensorrt.py -rs --tb=short
+	@echo "Please report the lines above and tensorrt-results.json at the project's issue tracker."
 
 lint: .venv/dev
 	$(BIN)/ruff check

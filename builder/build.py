@@ -42,7 +42,7 @@ DEFAULT_TOKENS = 2048
 DEFAULT_LENGTH = 8192
 DEFAULT_ISL, DEFAULT_OSL = 1024, 256
 
-MATH_UNITS = {"fp8": "fp8", "int8_sq": "int8", "nvfp4": "fp4"}
+MATH_UNITS = {"fp8": "fp8", "int8_sq": "int8", "nvfp4": "fp4", "mxfp8": "fp8", "w4a8_awq": "fp8"}
 """The units that multiply a weight format as it is; the others are dequantized on every GPU."""
 
 

@@ -26,6 +26,8 @@ class BackendChoice(str, Enum):
 
     AUTO = "auto"
     TORCH = "torch"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
 
 
 class KVDtypeChoice(str, Enum):

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -27,8 +28,8 @@ PACKAGES = {
     "huggingface-hub": "for trtx convert OWNER/MODEL",
     "tokenizers": "for trtx quantize, run and bench",
     "matplotlib": "for trtx bench --plot",
-    "tensorrt": "not used by this version",
-    "tensorrt-rtx": "not used by this version",
+    "tensorrt": "for trtx build --backend tensorrt",
+    "tensorrt-rtx-cu13": "for trtx build --backend tensorrt-rtx",
 }
 """Distribution → what it is for."""
 
@@ -51,7 +52,7 @@ def doctor(as_json: Json = False) -> None:
         "packages": {name: _version(name) for name in PACKAGES},
         "torch": torch,
         "gpus": gpus,
-        "backends": [_cpu_backend(torch), _cuda_backend(torch, gpus)],
+        "backends": [_cpu_backend(torch), _cuda_backend(torch, gpus), *_tensorrt_backends(torch)],
     }
     emit(data, as_json, lambda: _render(data))
     if not any(backend["ready"] for backend in data["backends"]):
@@ -130,6 +131,23 @@ def _cuda_backend(torch: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str
     return _backend("torch on CUDA", "torch with CUDA, an NVIDIA GPU and its driver", problem)
 
 
+def _tensorrt_backends(torch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Whether engines can be built; running one takes a GPU of the kind that it was built for."""
+    from trtx.builder.tensorrt.library import FLAVORS, load, targets
+    from trtx.converters.errors import TrtxError
+
+    for flavor in FLAVORS.values():
+        problem, builds_for = _torch_problem(torch), ""
+        if problem is None:
+            try:
+                module = load(flavor)
+                builds_for = f"{module.__version__} builds for {', '.join(targets(flavor)) or 'the GPU at hand'}"
+            except TrtxError as error:
+                problem = (error.cause.partition(": ")[2].rstrip("."), error.remedy)
+        row = _backend(flavor.backend, f"the module {flavor.module} and, to run, such a GPU", problem)
+        yield {**row, "builds_for": builds_for}
+
+
 def _torch_problem(torch: dict[str, Any]) -> tuple[str, str] | None:
     if torch["error"] is None:
         return None
@@ -155,7 +173,8 @@ def _render(data: dict[str, Any]) -> RenderableType:
         packages.add_row(name, version or Text("not installed", "dim"), Text(PACKAGES[name], "dim"))
     backends = _table()
     for backend in data["backends"]:
-        state = Text("ready", "green") if backend["ready"] else Text(backend["problem"], "red")
+        ready = backend.get("builds_for") or "ready"
+        state = Text(ready, "green") if backend["ready"] else Text(backend["problem"], "red")
         backends.add_row(backend["name"], state, Text(backend["remedy"] or f"needs {backend['needs']}", "dim"))
     sections = {"Machine": machine, "Packages": packages, "Backends": backends}
     return Group(*(Group(Text(title, "bold"), table) for title, table in sections.items()))

@@ -33,8 +33,8 @@ from trtx.runtime.weights import WeightStore
 
 QUALITY = "quality.json"
 MAX_PPL_INCREASE = {"none": 2.0, "fp8": 5.0, "int8_sq": 10.0, "int4_awq": 25.0, "nvfp4": 25.0}
-"""The gate where none is given: the most that the perplexity may rise, in percent, by format. Set so that fp8 and
-int8_sq pass on SmolLM2-135M, the hardest model tried."""
+"""The formats that `quantize` makes, and the gate where none is given: the most that the perplexity may rise, in
+percent. Set so that fp8 and int8_sq pass on SmolLM2-135M, the hardest model tried."""
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 """Given what is done, how much of it there is and its unit, a context that yields `advance(count)`."""
@@ -45,7 +45,7 @@ class QuantizeSettings:
     """What to quantize to, and on what to calibrate and judge it.
 
     Attributes:
-        format: of the linears; see `FORMATS`. 'none' with an fp8 KV cache quantizes that alone.
+        format: of the linears; one of `MAX_PPL_INCREASE`. 'none' with an fp8 KV cache quantizes that alone.
         kv_cache: 'none' or 'fp8'.
         excluded: canonical names (glob patterns) of linears that stay as they are.
         calib_data, eval_data: text or JSONL files; None: the texts that come with trtx.
@@ -70,8 +70,8 @@ class QuantizeSettings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise InputError(f"Unknown format {self.format!r}.", f"Use one of {', '.join(FORMATS)}.")
+        if self.format not in MAX_PPL_INCREASE:
+            raise InputError(f"Unknown format {self.format!r}.", f"Use one of {', '.join(MAX_PPL_INCREASE)}.")
         if not math.isfinite(self.gate):
             raise InputError(f"max_ppl_increase is {self.gate}.", "Give a number of percent.")
 

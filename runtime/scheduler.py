@@ -167,7 +167,7 @@ class Scheduler:
         """Start a waiting sequence; returns the size of its first chunk, 0 when the pool has no room for all of it."""
         blocks, known = self._open(sequence)
         count = min(len(sequence.tokens) - known, budget)
-        # One spare block for each running sequence that will grow, or admission would be followed by preemption at once.
+        # A spare block for each running sequence that will grow: else admission is followed by preemption at once.
         spare = self.manager.pool.available - sum(map(self._will_grow, self.running))
         needed = self.manager.missing_whole(blocks, len(sequence.tokens), self.max_num_tokens)
         if needed > spare or not self.manager.reserve(blocks, known, known + count):

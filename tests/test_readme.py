@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from trtx.builder.tensorrt import modes
+from trtx.builder.tensorrt.library import FLAVORS
 from trtx.cli.app import EXIT_CODES
 
 ROOT = Path(__file__).parents[1]
@@ -69,3 +71,9 @@ def test_family_table_is_the_generated_one():
     """Put it right with: trtx families --markdown"""
     shown = README.partition("<!-- families -->\n")[2].partition("<!-- end of families -->")[0]
     assert shown == run(["trtx", "families", "--markdown"], ROOT)
+
+
+def test_mode_table_is_the_generated_one():
+    """Put it right with: python -c "from trtx.builder.tensorrt import library, modes; print(modes.markdown(…))"."""
+    shown = README.partition("<!-- modes -->\n")[2].partition("<!-- end of modes -->")[0]
+    assert shown == modes.markdown(FLAVORS["tensorrt-rtx"])

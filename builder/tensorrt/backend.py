@@ -46,7 +46,7 @@ class TensorRTBackend(Backend):
         from trtx.builder.tensorrt.ops import require_model
 
         load(self.flavor)
-        require_model(sizing.model.spec)
+        require_model(sizing.model.spec, DTYPES[sizing.compute_dtype])
         assert sizing.target.gpu is not None
         form = sizing.model.quantization.format
         require(self.flavor, sizing.target.gpu.sm, form, sizing.compute_dtype, sizing.kv_dtype)
@@ -63,6 +63,7 @@ class TensorRTBackend(Backend):
         bounds = Bounds(sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len)
         net = network(store, self.flavor, DTYPES[sizing.compute_dtype], bounds, advance)
         plan = serialize(net, store.config.spec, bounds, sizing.target.gpu.sm, store.config.bytes, advance)
+        draft.describe(network_layers=net.definition.num_layers, bindings=net.bindings())
         folder = draft.path / "rank0"
         folder.mkdir()
         (folder / PLAN).write_bytes(plan)
@@ -86,13 +87,14 @@ class TensorRTBackend(Backend):
         return weight_bytes(replace(sizing.model, dtype=cast(Any, sizing.compute_dtype)), tokens)
 
     def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
+        from trtx.builder.tensorrt.ops import spells_out
+
         spec, tp = shard.spec, shard.mapping.tp
         size, tokens, batch = ITEMSIZE[sizing.compute_dtype], sizing.max_num_tokens, sizing.max_batch_size
         heads = spec.num_heads // tp
         chunk = min(tokens, sizing.max_seq_len)
         padded = batch * chunk * heads * spec.head_dim * size
-        spelt_out = spec.attention_softcap is not None or spec.sinks
-        scores = batch * heads * chunk * sizing.max_seq_len * 8 if spelt_out else 0
+        scores = batch * heads * chunk * sizing.max_seq_len * 8 if spells_out(spec) else 0
         masks = 0 if all(w is None for w in spec.windows) and not spec.alibi else batch * chunk * sizing.max_seq_len
         layer = tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size // tp) * size
         return 3 * padded + scores + masks * (heads * size if spec.alibi else 1) + layer + 4 * batch * spec.vocab_size
@@ -106,8 +108,9 @@ class TensorRTBackend(Backend):
         return CONTEXT
 
     def math_dtype(self, sizing: Sizing) -> str:
-        units = {"fp8": "fp8", "int8_sq": "int8", "nvfp4": "fp4"}
-        return units.get(sizing.model.quantization.format, sizing.compute_dtype)
+        from trtx.builder.build import MATH_UNITS
+
+        return MATH_UNITS.get(sizing.model.quantization.format, sizing.compute_dtype)
 
 
 def slot_layout(sizing: Sizing, shard: Shard) -> KVLayout:

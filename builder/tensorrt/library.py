@@ -68,6 +68,13 @@ def is_here(flavor: Flavor) -> bool:
     return True
 
 
+def targets(flavor: Flavor) -> list[str]:
+    """Compute capabilities that the module builds for on any machine; none where it builds for the GPU at hand."""
+    capabilities = getattr(load(flavor), "ComputeCapability", None)
+    names = [name.removeprefix("SM") for name in dir(capabilities) if name.startswith("SM")]
+    return sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=float)
+
+
 class Messages:
     """Collects what TensorRT says. Its logger is one for the whole process, so this is too; see `messages`."""
 

@@ -49,9 +49,14 @@ class Linear:
         return self.constant(suffix, self.tensors[suffix].float())
 
     def smoothed(self, x: Value) -> Value:
-        """x * pre_quant_scale."""
-        scale = self.tensors["pre_quant_scale"].to(self.dtype)[None]
-        return self.net.binary(x, self.constant("pre_quant_scale", scale), "PROD")
+        """x * pre_quant_scale, in fp32: rounded to 16 bits before it is quantized, it would get other codes."""
+        scale = self.constant("pre_quant_scale", self.tensors["pre_quant_scale"].float()[None])
+        return self.net.binary(self.net.cast(x, torch.float32), scale, "PROD")
+
+    def rounded(self, x: Value, dtype: torch.dtype) -> Value:
+        """x on the grid that `input_scale` gives a dtype of 8 bits."""
+        scale = self.scale("input_scale")
+        return self.net.dequantize(self.net.quantize(x, scale, dtype), scale, self.dtype)
 
 
 def _as_is(linear: Linear, x: Value) -> Value:
@@ -68,8 +73,7 @@ def _fp8(linear: Linear) -> Value:
 
 
 def _fp8_input(linear: Linear, x: Value) -> Value:
-    scale = linear.scale("input_scale")
-    return linear.net.dequantize(linear.net.quantize(x, scale, E4M3), scale, linear.dtype)
+    return linear.rounded(x, E4M3)
 
 
 def _int8(linear: Linear) -> Value:
@@ -78,26 +82,46 @@ def _int8(linear: Linear) -> Value:
 
 
 def _int8_input(linear: Linear, x: Value) -> Value:
-    scale = linear.scale("input_scale")
-    codes = linear.net.quantize(linear.smoothed(x), scale, torch.int8)
-    return linear.net.dequantize(codes, scale, linear.dtype)
+    return linear.rounded(linear.smoothed(x), torch.int8)
 
 
 def _int4(linear: Linear) -> Value:
+    return _int4_in(linear, linear.dtype)
+
+
+def _int4_in(linear: Linear, dtype: torch.dtype) -> Value:
+    """INT4 weights in a dtype, which TensorRT wants their scales in too."""
     stored = linear.tensors["weight"]
     rows = torch.stack([stored & 0xF, stored >> 4], dim=1).flatten(0, 1)  # [O, I], a code a byte
     packed = rows[:, ::2] | rows[:, 1::2] << 4
     weight = linear.constant("weight", packed, linear.net.trt.int4, tuple(rows.shape))
-    scale = linear.constant("weight_scale", linear.tensors["weight_scale"].to(linear.dtype))
-    return linear.net.dequantize(weight, scale, linear.dtype)
+    scale = linear.constant("weight_scale", linear.tensors["weight_scale"].to(dtype))
+    return linear.net.dequantize(weight, scale, dtype)
+
+
+def _int4_input(linear: Linear, x: Value) -> Value:
+    return linear.net.cast(linear.smoothed(x), linear.dtype)
+
+
+def _w4a8(linear: Linear) -> Value:
+    scale = linear.scale("weight_scale_2")
+    codes = linear.net.quantize(_int4_in(linear, torch.float32), scale, E4M3)
+    return linear.net.dequantize(codes, scale, linear.dtype)
+
+
+def _w4a8_input(linear: Linear, x: Value) -> Value:
+    return linear.rounded(linear.smoothed(x), E4M3)
+
+
+def _fp4(linear: Linear) -> Value:
+    stored = linear.tensors["weight"]
+    return linear.constant("weight", stored, linear.net.trt.fp4, (stored.shape[0], 2 * stored.shape[1]))
 
 
 def _nvfp4(linear: Linear) -> Value:
-    stored = linear.tensors["weight"]
-    weight = linear.constant("weight", stored, linear.net.trt.fp4, (stored.shape[0], 2 * stored.shape[1]))
     blocks = linear.constant("weight_scale", linear.tensors["weight_scale"])
     scale = linear.net.dequantize(blocks, linear.scale("weight_scale_2"), linear.dtype)
-    return linear.net.dequantize(weight, scale, linear.dtype)
+    return linear.net.dequantize(_fp4(linear), scale, linear.dtype)
 
 
 def _nvfp4_input(linear: Linear, x: Value) -> Value:
@@ -107,11 +131,35 @@ def _nvfp4_input(linear: Linear, x: Value) -> Value:
     return linear.net.dequantize(codes, scale, linear.dtype)
 
 
+def _powers(linear: Linear) -> Value:
+    """Block scales that are powers of two."""
+    return linear.constant("weight_scale", linear.tensors["weight_scale"], linear.net.trt.e8m0)
+
+
+def _mxfp4(linear: Linear) -> Value:
+    return linear.net.dequantize(_fp4(linear), _powers(linear), linear.dtype)
+
+
+def _mxfp8(linear: Linear) -> Value:
+    weight = linear.constant("weight", linear.tensors["weight"])
+    return linear.net.dequantize(weight, _powers(linear), linear.dtype)
+
+
+def _mxfp8_input(linear: Linear, x: Value) -> Value:
+    codes, scales = linear.net.quantize_powers(x)
+    return linear.net.dequantize(codes, scales, linear.dtype)
+
+
 _FORMATS: dict[str, tuple[Callable[[Linear], Value], Callable[[Linear, Value], Value]]] = {
     "none": (_dense, _as_is),
     "fp8": (_fp8, _fp8_input),
+    "int8_wo": (_int8, _as_is),
     "int8_sq": (_int8, _int8_input),
-    "int4_awq": (_int4, Linear.smoothed),
+    "int4_awq": (_int4, _int4_input),
+    "w4a8_awq": (_w4a8, _w4a8_input),
+    "nvfp4_wo": (_nvfp4, _as_is),
     "nvfp4": (_nvfp4, _nvfp4_input),
+    "mxfp4": (_mxfp4, _as_is),
+    "mxfp8": (_mxfp8, _mxfp8_input),
 }
 """By the name of a format: its weight [O, I], and what it does to the input, in the dtype of the network."""

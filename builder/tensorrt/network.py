@@ -92,6 +92,18 @@ class Network:
         name = f"number {value!r} {torch_dtype} {rank}"
         return self.constant(name, torch.tensor(value, dtype=torch_dtype).reshape((1,) * rank))
 
+    def bindings(self) -> dict[str, str]:
+        """Inputs and outputs: shape (-1: bounded by the profiles) and dtype; those of all layers under one name."""
+        definition = self.definition
+        tensors = [definition.get_input(index) for index in range(definition.num_inputs)]
+        tensors += [definition.get_output(index) for index in range(definition.num_outputs)]
+        found: dict[str, str] = {}
+        for tensor in tensors:
+            name, _, layer = tensor.name.partition(".")
+            shape = ", ".join(map(str, tensor.shape))
+            found[f"{name}.*" if layer else name] = f"[{shape}] {str(tensor.dtype).rpartition('.')[2].lower()}"
+        return found
+
     # Layers.
 
     def binary(self, a: Value, b: Value, operation: str) -> Value:
@@ -140,6 +152,16 @@ class Network:
         """Over the last dimension, which stays as 1."""
         axes = 1 << (len(x.shape) - 1)
         return self._finish(self.definition.add_reduce(x, self.trt.ReduceOperation.AVG, axes, True), "mean")
+
+    def total(self, x: Value, dimension: int, keep: bool = False) -> Value:
+        """The sum over a dimension."""
+        layer = self.definition.add_reduce(x, self.trt.ReduceOperation.SUM, 1 << dimension, keep)
+        return self._finish(layer, "total")
+
+    def largest(self, x: Value, count: int) -> tuple[Value, Value]:
+        """The largest entries of the last dimension, in falling order, and their indices (int32)."""
+        layer = self.definition.add_topk(x, self.trt.TopKOperation.MAX, count, 1 << (len(x.shape) - 1))
+        return self._finish(layer, "topk"), layer.get_output(1)
 
     def columns(self, x: Value, start: int, count: int) -> Value:
         """`count` entries of the last dimension, whose size is static, from `start` on."""
@@ -230,6 +252,12 @@ class Network:
             layer.set_input(1, scale)
         first = self._finish(layer, "dynamic_quantize")
         return first, layer.get_output(1)
+
+    def quantize_powers(self, x: Value) -> tuple[Value, Value]:
+        """x in E4M3 with power-of-two scales (E8M0) for each 32 of the last dimension."""
+        trt = self.trt
+        layer = self.definition.add_dynamic_quantize(x, len(x.shape) - 1, 32, trt.fp8, trt.e8m0)
+        return self._finish(layer, "dynamic_quantize"), layer.get_output(1)
 
     def _finish(self, layer: Any, kind: str) -> Value:
         """Name a layer after its place and kind, and return its output."""

@@ -65,15 +65,23 @@ class TensorRTStep:
     caches: list[tuple[Value, Value]]
 
 
-def require_model(spec: ModelSpec) -> None:
-    """Refuse what has no layers here.
+def spells_out(spec: ModelSpec) -> bool:
+    """Whether attention is built of plain layers: TensorRT's own has no soft cap and no sinks."""
+    return spec.sinks or spec.attention_softcap is not None
+
+
+def require_model(spec: ModelSpec, dtype: torch.dtype) -> None:
+    """Refuse what has no layers here, or none that TensorRT compiles.
 
     Raises:
-        UnsupportedError: latent attention, or experts.
+        UnsupportedError: latent attention, experts chosen in a way that is not spelt out, or heads of an odd size.
     """
+    odd = spec.head_dim % 8 and dtype != torch.float32 and not spells_out(spec)
     reasons = {
         "latent attention (MLA): TensorRT's attention takes keys and values of one shape": spec.latent,
-        "experts: the mixture-of-experts layer of TensorRT serves other GPUs, and no other form is built yet": spec.moe,
+        "experts chosen by SparseMixer": spec.moe and spec.moe.scores == "sparsemixer",
+        "experts chosen by group": spec.moe and (spec.moe.groups > 1 or spec.moe.correction),
+        f"heads of {spec.head_dim} features, where TensorRT's attention takes multiples of 8 in 16 bits": odd,
     }
     for reason, there in reasons.items():
         if there:
@@ -91,7 +99,7 @@ class TensorRTOps(Ops):
     """
 
     def __init__(self, net: Network, spec: ModelSpec, dtype: torch.dtype, max_positions: int) -> None:
-        require_model(spec)
+        require_model(spec, dtype)
         self.net = net
         self.spec = spec
         self.dtype = dtype
@@ -248,7 +256,7 @@ class TensorRTOps(Ops):
             self.updated[layer] = keys, values
             scaled = self.mul(q, spec.attention_scale_of(layer))
             queries = net.shape(net.gather(scaled, step.query_index), (), then=(0, 2, 1, 3))
-            if sinks is not None or spec.attention_softcap is not None:
+            if spells_out(spec):
                 out = self._spelt_out(queries, keys, values, layer, step, sinks)
             else:
                 out = net.attention(queries, keys, values, step.lengths, self._mask(layer, step))
@@ -313,12 +321,38 @@ class TensorRTOps(Ops):
         raise AssertionError("refused when the op set was made")
 
     def route(self, x: Value, router: Linear, correction: Value | None, moe: MoE) -> tuple[Value, Value]:
-        raise AssertionError("refused when the op set was made")
+        net = self.net
+        with net.scope(router.name):
+            scores = router(net.cast(x, torch.float32))
+            if moe.scores != "top_softmax":
+                scores = net.softmax(scores) if moe.scores == "softmax" else self.sigmoid(scores)
+            weights, chosen = net.largest(scores, moe.top_k)
+            if moe.scores == "top_softmax":
+                weights = net.softmax(weights)
+            if moe.normalize:
+                weights = net.binary(weights, net.total(weights, 1, keep=True), "DIV")
+            return chosen, weights if moe.scale == 1 else self.mul(weights, moe.scale)
 
     def experts(
         self, x: Value, routing: tuple[Value, Value], experts: Sequence[Mlp], activation: Activation, weighs_input: bool
     ) -> Value:
-        raise AssertionError("refused when the op set was made")
+        """Every token passes every expert, and those it was not sent to count nothing: plain layers know no routing."""
+        net, (chosen, weights) = self.net, routing
+        top_k = weights.shape[1]
+        ids = net.constant(f"experts {len(experts)}", torch.arange(len(experts), dtype=torch.int32)[None, None])
+        sent = net.cast(net.binary(net.shape(chosen, (0, top_k, 1)), ids, "EQUAL"), torch.float32)
+        shares = net.total(net.binary(sent, net.shape(weights, (0, top_k, 1)), "PROD"), 1)  # [T, experts]
+        parts = []
+        for index, expert in enumerate(experts):
+            share = net.cast(net.columns(shares, index, 1), self.dtype)
+            if weighs_input:
+                parts.append(self.mlp(self.mul(x, share), expert, activation))
+            else:
+                parts.append(self.mul(self.mlp(x, expert, activation), share))
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.add(total, part)
+        return total
 
     def rows(self, x: Value, step: TensorRTStep) -> Value:
         return self.net.gather(x, step.rows)

@@ -95,8 +95,7 @@ def _inputs(net: Network, spec: ModelSpec, dtype: torch.dtype, bounds: Bounds) -
         written=ids("written"),
         lengths=ids("lengths"),
         caches=[
-            tuple(net.input(name, dtype, shape) for name, _ in cache_names(layer))
-            for layer in range(spec.num_layers)
+            tuple(net.input(name, dtype, shape) for name, _ in cache_names(layer)) for layer in range(spec.num_layers)
         ],
     )
 

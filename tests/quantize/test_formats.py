@@ -7,12 +7,21 @@ from safetensors import safe_open
 
 from tests.converters import tiny
 from tests.quantize import models
+from trtx.builder.torch_backend import ROUNDING_BYTES
 from trtx.converters.checkpoint import Checkpoint
+from trtx.converters.errors import InputError
 from trtx.quantize.formats import FORMATS, round_e4m3
-from trtx.quantize.pipeline import quantize
+from trtx.quantize.pipeline import MAX_PPL_INCREASE, QuantizeSettings, quantize
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 LINEARS = ("layers.0.attn.k", "layers.1.attn.o", "layers.1.mlp.up", "layers.0.mlp.down")
+
+
+PACK_ERRORS = {
+    "none": 0, "fp8": 0.03, "int8_wo": 0.01, "int8_sq": 0.015, "int4_awq": 0.2, "w4a8_awq": 0.2, "nvfp4_wo": 0.1,
+    "nvfp4": 0.1, "mxfp4": 0.13, "mxfp8": 0.03,
+}  # fmt: skip
+"""The most that `pack` may change a random weight by, relative to its norm."""
 
 
 @pytest.fixture(scope="module", params=["fp8", "int8_sq", "int4_awq", "nvfp4"])
@@ -46,12 +55,19 @@ def _nearest(x, values):
 
 def weight_formula(form, t):
     codes = t["weight"]
+    if form == "none":
+        return codes.numpy()
     scale = t["weight_scale"].float().numpy()
     if form == "fp8":
         return codes.float().numpy() * scale
-    if form == "int8_sq":
+    if form in ("int8_wo", "int8_sq"):
         return codes.numpy().astype(np.float32) * scale[:, None]
+    if form == "mxfp8":
+        return codes.float().numpy() * np.repeat(np.ldexp(np.float32(1), scale.astype(int) - 127), 32, axis=1)
     packed = codes.numpy()
+    if form == "w4a8_awq":
+        whole = t["weight_scale_2"].numpy()
+        return (e4m3(weight_formula("int4_awq", t) / whole) * whole).astype(np.float32)
     if form == "int4_awq":
         nibbles = np.empty((2 * packed.shape[0], packed.shape[1]), np.int8)
         nibbles[0::2], nibbles[1::2] = packed & 15, packed >> 4
@@ -59,6 +75,8 @@ def weight_formula(form, t):
         return values * np.repeat(scale, values.shape[1] // scale.shape[1], axis=1)
     values = np.empty((packed.shape[0], 2 * packed.shape[1]), np.float32)
     values[:, 0::2], values[:, 1::2] = E2M1[packed & 15], E2M1[packed >> 4]
+    if form == "mxfp4":
+        return values * np.repeat(np.ldexp(np.float32(1), scale.astype(int) - 127), 32, axis=1)
     return values * np.repeat(scale * t["weight_scale_2"].item(), 16, axis=1)
 
 
@@ -66,11 +84,16 @@ def activation_formula(form, t, x):
     step = t["input_scale"].item() if "input_scale" in t else None
     if "pre_quant_scale" in t:
         x = x * t["pre_quant_scale"].numpy()
-    if form == "fp8":
-        return e4m3(x / step) * step
+    if form in ("fp8", "w4a8_awq"):
+        return e4m3(np.clip(x / np.float32(step), -448, 448)) * step
     if form == "int8_sq":
         return np.clip(np.round(x / step), -128, 127) * step
-    if form == "int4_awq":
+    if form == "mxfp8":
+        blocks = x.reshape(len(x), -1, 32).astype(np.float64)
+        largest = np.abs(blocks).max(-1, keepdims=True)
+        power = np.exp2(np.ceil(np.log2(np.where(largest == 0, 1, largest) / 448)))
+        return (e4m3(blocks / power) * power).reshape(x.shape)
+    if form != "nvfp4":
         return x
     blocks = x.reshape(x.shape[0], -1, 16)
     scale = e4m3(np.minimum(np.abs(blocks).max(-1, keepdims=True) / (6 * np.float32(step)), 448)) * step
@@ -120,6 +143,82 @@ def test_kv_cache_scales(stored):
     k = torch.randn(100) * 448 * scale
     expected = e4m3(np.clip((k / scale).numpy(), -448, 448)) * scale.item()
     np.testing.assert_allclose(round_e4m3(k, scale).numpy(), expected, rtol=1e-6)
+
+
+def packed(form, weight, pre_quant_scale, input_scale):
+    """A weight in a format, with the tensors that calibration would add."""
+    group = FORMATS[form].group_size(weight.shape[1])
+    given = {"pre_quant_scale": pre_quant_scale, "input_scale": torch.tensor(input_scale)}
+    given = {suffix: given[suffix] for suffix in FORMATS[form].input_tensors}
+    smooth = weight / pre_quant_scale if "pre_quant_scale" in given else weight
+    return {**FORMATS[form].pack(smooth, group), **given}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_pack_fills_the_table(form):
+    """Dtypes and shapes are those of `stored`; weight and input are what the formula says; little is lost."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 256, generator=generator), torch.randn(64, 256, generator=generator) * 3
+    weight[:, 128:160] = 0
+    weight[1] = 0
+    x[:2, :64] = 0
+    smooth = torch.rand(256, generator=generator) + 0.5
+    tensors = packed(form, weight, smooth, input_scale=0.01 if form == "nvfp4" else 0.05)
+
+    expected = FORMATS[form].stored(48, 256, FORMATS[form].group_size(256), torch.float32)
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == {
+        k: (s.dtype, s.shape) for k, s in expected.items()
+    }
+    meant = FORMATS[form].weight(tensors, torch.float32)
+    np.testing.assert_array_equal(meant.numpy(), weight_formula(form, tensors))
+    if "pre_quant_scale" in tensors:
+        meant = meant * smooth
+    assert (meant - weight).norm() <= PACK_ERRORS[form] * weight.norm()
+    rounded = FORMATS[form].activation(x, tensors)
+    assert np.mean(np.isclose(rounded, activation_formula(form, tensors, x.numpy()), rtol=1e-5, atol=1e-7)) > 0.999
+    assert torch.equal(rounded, x) != FORMATS[form].changes_input
+
+
+@pytest.mark.parametrize("largest, exponent", [(448.0, 0), (448.001, 1), (0.875, -9), (0.8751, -8), (0.0, -127)])
+def test_mxfp8_scales_are_the_least_that_saturate_nothing(largest, exponent):
+    """Also where log2 in fp32 would round to a whole number."""
+    weight = torch.zeros(1, 32)
+    weight[0, 7] = -largest
+    packed = FORMATS["mxfp8"].pack(weight, 32)
+    assert packed["weight_scale"].item() == 127 + exponent
+    assert FORMATS["mxfp8"].weight(packed, torch.float32)[0, 7] == pytest.approx(-largest, rel=0.07)
+
+
+def test_packing_equals_modelopts():
+    from modelopt.torch.export.quant_utils import pack_int4_in_uint8
+    from modelopt.torch.quantization.qtensor.mxfp4_tensor import MXFP4QTensor
+    from modelopt.torch.quantization.qtensor.mxfp8_tensor import MXFP8QTensor
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
+    theirs, scale = MXFP4QTensor.quantize(weight.clone(), 32)
+    ours = FORMATS["mxfp4"].pack(weight, 32)
+    assert torch.equal(ours["weight"], theirs._quantized_data)
+    assert torch.equal(ours["weight_scale"].flatten(), scale.flatten())
+    theirs, scale = MXFP8QTensor.quantize(weight.clone())
+    ours = FORMATS["mxfp8"].pack(weight, 32)
+    assert torch.equal(ours["weight"].float(), theirs._quantized_data.float())
+    assert torch.equal(ours["weight_scale"], scale)
+    theirs, scale, scale_2 = NVFP4QTensor.quantize(weight.clone(), 16)
+    ours = FORMATS["nvfp4_wo"].pack(weight, 16)
+    assert torch.equal(ours["weight"], theirs._quantized_data)
+    assert torch.equal(ours["weight_scale"].float(), scale.float())
+    assert torch.equal(ours["weight_scale_2"], scale_2)
+    ours = FORMATS["w4a8_awq"].pack(weight, 128)
+    assert torch.equal(ours["weight"], pack_int4_in_uint8(weight, ours["weight_scale"], 128))
+
+
+def test_formats_that_quantize_does_not_make_are_refused():
+    assert FORMATS.keys() - MAX_PPL_INCREASE.keys() == {"int8_wo", "w4a8_awq", "nvfp4_wo", "mxfp4", "mxfp8"}
+    for form in FORMATS.keys() - MAX_PPL_INCREASE.keys():
+        with pytest.raises(InputError, match=form):
+            QuantizeSettings(form)
+    assert ROUNDING_BYTES.keys() == FORMATS.keys()
 
 
 def test_nvfp4_equals_modelopts_own_reading():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("tensorrt_rtx")
 
-from tests.converters.tiny import VARIANTS, checkpoint_of
+from tests.converters.tiny import FIRST, VARIANTS, checkpoint_of
 from tests.runtime.models import assert_greedy, random_model, relative_error
 from tests.tensorrt.models import RTX, UNBUILT, config_of, interpreted
 from trtx.builder.tensorrt.plan import network
@@ -25,7 +26,7 @@ from trtx.runtime.slots import slot_inputs
 from trtx.runtime.tensorrt_runner import bounds_of
 from trtx.runtime.weights import WeightStore, load
 
-DENSE = [name for name, variant in VARIANTS.items() if variant.family not in UNBUILT]
+BUILT = [name for name, variant in VARIANTS.items() if variant.family not in UNBUILT]
 LENGTH = 64
 
 
@@ -52,35 +53,57 @@ def batches(seed: int) -> list[list[SequenceSlice]]:
     return steps
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", BUILT)
 def test_network_equals_the_torch_op_set(name, tmp_path):
-    """Logits of every token within 1e-5 in fp32."""
+    """Logits of every token within 1e-5 in fp32; of a family's other variants, two decode steps are enough."""
     checkpoint = checkpoint_of(random_model(name), tmp_path)
-    executor, plan = interpreted(checkpoint, length=LENGTH)
+    _, plan = interpreted(checkpoint, length=LENGTH)
     opened = Checkpoint(checkpoint)
     ops = TorchOps(opened.spec, torch.float32, max_positions=LENGTH)
     decoder = load(WeightStore.of_checkpoint(opened), ops)
-    layout = KVLayout.of(opened.spec, 64, 4)
-    cache = TorchKVCache(layout, 1 + 3 * len(layout.groups), torch.float32, torch.device("cpu"))
+    layout = KVLayout.of(opened.spec, LENGTH, 4)
+    groups = range(len(layout.groups))
+    cache = TorchKVCache(layout, 1 + 3 * len(groups), torch.float32, torch.device("cpu"))
+
+    def paged(piece: SequenceSlice) -> SequenceSlice:
+        """The same with a block of its own for each KV group."""
+        (slot,) = piece.tables[0]
+        return replace(piece, tables=tuple([slot + 3 * group] for group in groups))
+
+    is_first = name in FIRST.values()
     with torch.inference_mode():
-        for batch in batches(0):
-            inputs = slot_inputs(batch)
-            ours = plan.run(inputs, 0)
-            paged = [
-                SequenceSlice(
-                    p.tokens,
-                    p.start,
-                    tuple([1 + 3 * g + p.tables[0][0] - 1] for g in range(len(layout.groups))),
-                    p.logits,
-                )
-                for p in batch
-            ]
-            assert relative_error(ours, decoder.forward(ops.step(paged, cache))) < 1e-5
+        for batch in batches(0)[: None if is_first else 5]:
+            theirs = decoder.forward(ops.step([paged(piece) for piece in batch], cache))
+            assert relative_error(plan.run(slot_inputs(batch), 0), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "mixtral", "gpt_oss"])
+def test_half_precision_stays_near_fp32(name, dtype, tmp_path):
+    """Every token's logits within 5% of the torch op set's in fp32, and within 2% all together (bf16; fp16: a fifth).
+
+    Experts: a rounding may send a token elsewhere; the few tokens that this hits are left out.
+    """
+    checkpoint = checkpoint_of(random_model(name, gain=0.7), tmp_path)
+    _, plan = interpreted(checkpoint, dtype, length=LENGTH)
+    batch = batches(0)[0]
+    ours = plan.run(slot_inputs(batch), 1)
+    opened = Checkpoint(checkpoint)
+    ops = TorchOps(opened.spec, torch.float32, max_positions=LENGTH)
+    decoder = load(WeightStore.of_checkpoint(opened), ops)
+    with torch.inference_mode():
+        theirs = torch.cat([decoder.forward(ops.uncached_step(torch.tensor([piece.tokens]))) for piece in batch])
+    errors = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    if opened.spec.moe:
+        errors = errors.sort().values[: int(0.8 * len(errors))]
+    scale = {"bf16": 1.0, "fp16": 0.2}[dtype]
+    assert errors.max() < 0.05 * scale
+    assert errors.square().mean().sqrt() < 0.02 * scale
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon-rw", "gemma2"])
 def test_runtime_over_slots_equals_transformers(name, tmp_path):
-    """The scheduler drives the network as it drives blocks: more requests than slots, chunked prefill, greedy tokens."""
+    """The scheduler drives slots as it drives blocks: more requests than slots, chunked prefill, greedy tokens."""
     model = random_model(name)
     executor, plan = interpreted(checkpoint_of(model, tmp_path))
     rng = random.Random(name)
@@ -117,8 +140,7 @@ def test_inputs_of_a_step():
     }
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_what_has_no_layers_is_refused_before_anything_is_built(name, tmp_path):
-    opened = Checkpoint(checkpoint_of(random_model(name), tmp_path))
+def test_what_has_no_layers_is_refused_before_anything_is_built(tmp_path):
+    opened = Checkpoint(checkpoint_of(random_model("deepseek_v3"), tmp_path))
     with pytest.raises(UnsupportedError, match="do not build"):
         network(WeightStore.of_checkpoint(opened), RTX, torch.float32, bounds_of(config_of(opened.config)))
