@@ -7,6 +7,7 @@ weights. KV caches are linear, a slot a sequence, bound in place: `keys.I` in an
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +130,21 @@ def serialize(
     config.progress_monitor = monitor
     said = messages(net.flavor)
     said.take()
-    plan = builder.build_serialized_network(net.definition, config)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+    plan = _interruptible(lambda: builder.build_serialized_network(net.definition, config), monitor)
     if plan is None:
         raise refusal(f"the engine for compute capability {sm}", said.take())
     return memoryview(plan)
+
+
+def _interruptible(build: Callable[[], Any], monitor: Any) -> Any:
+    """Run a build in a thread: in the main one, a signal would only be seen when it is over."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        done = pool.submit(build)
+        try:
+            return done.result()
+        except KeyboardInterrupt:
+            monitor.interrupted = True  # TensorRT asks at its next step
+            raise
 
 
 def _monitor(trt: Any, total: int, advance: Callable[[int], None]) -> Any:
@@ -152,10 +162,7 @@ def _monitor(trt: Any, total: int, advance: Callable[[int], None]) -> Any:
                 self.shares[phase] = total // max(1, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            try:
-                advance(self.shares.get(phase, 0))
-            except KeyboardInterrupt:
-                self.interrupted = True
+            advance(self.shares.get(phase, 0))
             return not self.interrupted
 
         def phase_finish(self, phase: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +19,7 @@ from tests.runtime.models import random_model
 from trtx.builder.build import BuildSettings, build, prepare
 from trtx.builder.engine import Engine
 from trtx.builder.tensorrt import library
+from trtx.builder.tensorrt.plan import _interruptible
 from trtx.cli.app import app
 from trtx.converters.errors import ExitCode, InputError, MismatchError, MissingPackageError, UnsupportedError
 from trtx.runtime.llm import LLM
@@ -138,3 +142,19 @@ def test_a_refused_layer_is_named():
 def test_an_error_of_input_stays_one(tmp_path):
     with pytest.raises(InputError):
         prepare(tmp_path, settings())
+
+
+def test_ctrl_c_stops_a_build():
+    """TensorRT stops when its monitor says so; the signal is not lost while it computes."""
+
+    class Monitor:
+        interrupted = False
+
+    def build_until_told():
+        while not Monitor.interrupted:
+            time.sleep(0.01)
+
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        _interruptible(build_until_told, Monitor)
+    assert Monitor.interrupted
