@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -151,10 +152,12 @@ def test_ctrl_c_stops_a_build():
         interrupted = False
 
     def build_until_told():
-        while not Monitor.interrupted:
+        for _ in range(1000):
+            if Monitor.interrupted:
+                return
             time.sleep(0.01)
 
-    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         _interruptible(build_until_told, Monitor)
     assert Monitor.interrupted
