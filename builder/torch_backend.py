@@ -20,7 +20,7 @@ from trtx.builder.backend import Backend
 from trtx.builder.cost import ITEMSIZE, resident_bytes
 from trtx.builder.shard import Shard
 from trtx.builder.sizing import Sizing
-from trtx.converters.spec import LATENT_NORMS, Kind, ModelSpec, Module
+from trtx.converters.spec import Kind, ModelSpec, Module
 from trtx.quantize.formats import DTYPES
 from trtx.runtime.kv_layout import KVLayout
 
@@ -88,8 +88,7 @@ class TorchBackend(Backend):
 
     def table_bytes(self, sizing: Sizing) -> int:
         rows = sizing.max_seq_len + sizing.max_num_tokens  # the table, and what a step gathers from it
-        spec = sizing.model.spec
-        rotated = sum(rope.dim for rope in {spec.rope, spec.local_rope} if rope)
+        rotated = sum(rope.dim for rope in sizing.model.spec.ropes)
         return 2 * rows * rotated * ITEMSIZE[sizing.compute_dtype]
 
     def workspace_bytes(self, sizing: Sizing) -> int:
@@ -104,8 +103,7 @@ class TorchBackend(Backend):
 def _resident_itemsize(module: Module, spec: ModelSpec, size: int) -> int:
     """Bytes of a number of a module: some are always held in fp32."""
     in_fp32 = module.kind is Kind.VECTOR or module.name.endswith(".router")
-    if module.kind is Kind.NORM and spec.norm.offset and not module.name.endswith(LATENT_NORMS):
-        in_fp32 = True
+    in_fp32 |= module.kind is Kind.NORM and spec.norm_of(module.name).offset != 0
     return 4 if in_fp32 else size
 
 

@@ -56,7 +56,7 @@ T = TypeVar("T")
 FUSIONS = {"qkv": ("q", "k", "v"), "qkv_a": ("q_a", "latent", "k_rope"), "gate_up": ("gate", "up")}
 """Linears that read one input, by the last part of their names and of the fused module's."""
 
-LATENT_NORMS = (".q_a_norm", ".latent_norm")
+_LATENT_NORMS = (".q_a_norm", ".latent_norm")
 """Ends of the names of norms that have `Latent.norm_eps`, and otherwise nothing of `ModelSpec.norm`."""
 
 
@@ -354,6 +354,15 @@ class ModelSpec:
         if layer in self.nope_layers:
             return None
         return self.local_rope if self.local_rope and self.windows[layer] else self.rope
+
+    @property
+    def ropes(self) -> set[Rope]:
+        """Every way in which layers rotate."""
+        return {rope for rope in (self.rope, self.local_rope) if rope}
+
+    def norm_of(self, name: str) -> Norm:
+        """How the norm of that canonical name computes: as the model's do, but for those of MLA's compressed parts."""
+        return Norm(self.latent.norm_eps) if self.latent and name.endswith(_LATENT_NORMS) else self.norm
 
     def attention_scale_of(self, layer: int) -> float:
         """What a layer's scores are multiplied by."""

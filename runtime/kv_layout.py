@@ -66,6 +66,11 @@ class KVLayout:
         groups = kv_groups(spec.windows, spec.chunked)
         return cls(groups, block_size, spec.cached_heads, spec.cached_dim, itemsize, spec.cached_arrays)
 
+    @classmethod
+    def linear(cls, layers: int, length: int, kv_heads: int, head_dim: int, itemsize: int) -> KVLayout:
+        """A block is a whole sequence of `length` tokens in all layers; windows give nothing back."""
+        return cls((KVGroup(None, tuple(range(layers))),), length, kv_heads, head_dim, itemsize)
+
     @property
     def slots(self) -> int:
         """Layers a block holds."""

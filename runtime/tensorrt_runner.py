@@ -18,7 +18,7 @@ from trtx.builder.tensorrt.plan import LOGITS, Bounds, cache_names, profiles
 from trtx.converters.errors import MismatchError
 from trtx.quantize.formats import DTYPES
 from trtx.runtime.batch import SequenceSlice
-from trtx.runtime.kv_layout import KVGroup, KVLayout
+from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.runner import device_of, differences, require_memory
 from trtx.runtime.sampler import Row, Sampled, sample
 from trtx.runtime.slots import slot_inputs
@@ -38,9 +38,9 @@ class TensorRTRunner:
     def __init__(self, config: EngineConfig, plan: Plan, notes: Sequence[str] = ()) -> None:
         spec, limits = config.model.spec, config.limits
         self.notes = list(notes)
-        group = KVGroup(None, tuple(range(spec.num_layers)))
         itemsize = DTYPES[config.compute_dtype].itemsize
-        self.layout = KVLayout((group,), limits.max_seq_len, spec.num_kv_heads, spec.head_dim, itemsize)
+        sizes = spec.num_layers, limits.max_seq_len, spec.num_kv_heads, spec.head_dim, itemsize
+        self.layout = KVLayout.linear(*sizes)
         self._plan = plan
         self._profiles = profiles(bounds_of(config))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trtx.builder.engine import Engine
 from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
 from trtx.converters.random_weights import random_tensor
-from trtx.converters.spec import FUSIONS, LATENT_NORMS, Kind, ModelSpec, Module, Norm
+from trtx.converters.spec import FUSIONS, Kind, ModelSpec, Module
 from trtx.quantize.formats import DTYPES, Stored
 from trtx.quantize.weight import LinearWeight, fuse
 from trtx.runtime.decoder import Decoder
@@ -130,15 +130,8 @@ def _resident(module: Module, tensors: dict[str, Tensor], spec: ModelSpec, store
     if module.kind is Kind.VECTOR:
         return ops.load_vector(name, weight)
     if module.kind is Kind.NORM:
-        return ops.load_norm(name, weight, tensors.get("bias"), _norm_of(name, spec))
+        return ops.load_norm(name, weight, tensors.get("bias"), spec.norm_of(name))
     if name.endswith((".k_up", ".v_up")):
         return ops.load_matrix(name, weight)
     linear = store.linear(module)
     return ops.load_router(linear) if name.endswith(".router") else ops.load_linear(linear)
-
-
-def _norm_of(name: str, spec: ModelSpec) -> Norm:
-    """How a norm computes: as the model's do, but for those of MLA's compressed parts."""
-    if spec.latent and name.endswith(LATENT_NORMS):
-        return Norm(spec.latent.norm_eps)
-    return spec.norm

@@ -19,9 +19,9 @@ from trtx.builder.cost import ITEMSIZE
 from trtx.builder.shard import Shard
 from trtx.builder.sizing import Sizing
 from trtx.builder.tensorrt.library import Flavor, load
-from trtx.converters.spec import LATENT_NORMS, Kind
+from trtx.converters.spec import Kind
 from trtx.quantize.formats import DTYPES
-from trtx.runtime.kv_layout import KVGroup, KVLayout
+from trtx.runtime.kv_layout import KVLayout
 
 if TYPE_CHECKING:
     from trtx.converters.artifact import Draft
@@ -69,7 +69,9 @@ class TensorRTBackend(Backend):
         (folder / PLAN).write_bytes(plan)
 
     def kv_layout(self, sizing: Sizing, shard: Shard) -> KVLayout:
-        return slot_layout(sizing, shard)
+        spec, heads = shard.spec, shard.spec.num_kv_heads // shard.mapping.tp
+        itemsize = ITEMSIZE[sizing.kv_dtype]
+        return KVLayout.linear(len(shard.layers), sizing.max_seq_len, heads, spec.head_dim, itemsize)
 
     def weight_bytes(self, sizing: Sizing, shard: Shard) -> int:
         size, quantization = ITEMSIZE[sizing.compute_dtype], sizing.model.quantization
@@ -77,7 +79,7 @@ class TensorRTBackend(Backend):
         for module in shard.modules():
             stored = quantization.stored(module, DTYPES[sizing.compute_dtype])
             total += sum(tensor.bytes for tensor in stored.values())
-            if module.kind is Kind.NORM and shard.spec.norm.offset and not module.name.endswith(LATENT_NORMS):
+            if module.kind is Kind.NORM and shard.spec.norm_of(module.name).offset:
                 total += module.parameters * (4 - size)
         return total
 
@@ -100,8 +102,7 @@ class TensorRTBackend(Backend):
         return 3 * padded + scores + masks * (heads * size if spec.alibi else 1) + layer + 4 * batch * spec.vocab_size
 
     def table_bytes(self, sizing: Sizing) -> int:
-        spec = sizing.model.spec
-        rotated = sum(rope.dim for rope in {spec.rope, spec.local_rope} if rope)
+        rotated = sum(rope.dim for rope in sizing.model.spec.ropes)
         return sizing.max_seq_len * rotated * ITEMSIZE[sizing.compute_dtype]
 
     def workspace_bytes(self, sizing: Sizing) -> int:
@@ -111,10 +112,3 @@ class TensorRTBackend(Backend):
         from trtx.builder.build import MATH_UNITS
 
         return MATH_UNITS.get(sizing.model.quantization.format, sizing.compute_dtype)
-
-
-def slot_layout(sizing: Sizing, shard: Shard) -> KVLayout:
-    """A block is a slot: max_seq_len tokens of all layers; windows give nothing back."""
-    group = KVGroup(None, tuple(range(len(shard.layers))))
-    heads = shard.spec.num_kv_heads // shard.mapping.tp
-    return KVLayout((group,), sizing.max_seq_len, heads, shard.spec.head_dim, ITEMSIZE[sizing.kv_dtype])

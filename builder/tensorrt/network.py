@@ -85,12 +85,14 @@ class Network:
             self._made[key] = make()
         return self._made[key]
 
-    def number(self, value: float, like: Value, dtype: torch.dtype | None = None) -> Value:
+    def number(self, value: float, like: Value) -> Value:
         """A constant with as many dimensions (of 1) as `like`, in its dtype."""
-        rank = len(like.shape)
-        torch_dtype = dtype or next(t for t, d in self.dtypes.items() if d == like.dtype)
-        name = f"number {value!r} {torch_dtype} {rank}"
-        return self.constant(name, torch.tensor(value, dtype=torch_dtype).reshape((1,) * rank))
+        rank, dtype = len(like.shape), self.dtype_of(like)
+        return self.constant(f"number {value!r} {dtype} {rank}", torch.tensor(value, dtype=dtype).reshape((1,) * rank))
+
+    def dtype_of(self, value: Value) -> torch.dtype:
+        """torch's name of a tensor's dtype."""
+        return next(dtype for dtype, known in self.dtypes.items() if known == value.dtype)
 
     def bindings(self) -> dict[str, str]:
         """Inputs and outputs: shape (-1: bounded by the profiles) and dtype; those of all layers under one name."""
@@ -189,12 +191,6 @@ class Network:
         layer = self.definition.add_softmax(x)
         layer.axes = 1 << (len(x.shape) - 1)
         return self._finish(layer, "softmax")
-
-    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
-        """LayerNorm over the last dimension; weight and bias [1, …, n]."""
-        layer = self.definition.add_normalization_v2(x, weight, bias, 1 << (len(x.shape) - 1))
-        layer.epsilon = eps
-        return self._finish(layer, "layer_norm")
 
     def rotary(self, x: Value, cos: Value, sin: Value, ids: Value, dim: int) -> Value:
         """Rotate halves of the first `dim` features of x [1, N, T, D]; tables [positions, dim / 2], ids [1, T]."""

@@ -159,18 +159,15 @@ class TensorRTOps(Ops):
         """x with mean 0 and variance 1."""
         exact = self.net.cast(x, torch.float32)
         centred = self.net.binary(exact, self.net.mean(exact), "SUB")
-        return self._cast_like(self._normalized(centred, eps), x)
+        return self.net.cast(self._normalized(centred, eps), self.net.dtype_of(x))
 
     def unit_norm(self, x: Value, eps: float) -> Value:
-        return self._cast_like(self._normalized(self.net.cast(x, torch.float32), eps), x)
+        return self.net.cast(self._normalized(self.net.cast(x, torch.float32), eps), self.net.dtype_of(x))
 
     def _normalized(self, x: Value, eps: float) -> Value:
         net = self.net
         size = net.binary(net.mean(net.binary(x, x, "PROD")), net.number(eps, x), "SUM")
         return net.binary(x, net.unary(net.unary(size, "SQRT"), "RECIP"), "PROD")
-
-    def _cast_like(self, x: Value, like: Value) -> Value:
-        return self.net.cast(x, next(dtype for dtype, known in self.net.dtypes.items() if known == like.dtype))
 
     def linear(self, x: Value, weight: Linear | Value) -> Value:
         if isinstance(weight, Linear):

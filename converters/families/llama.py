@@ -14,6 +14,7 @@ from trtx.converters.families.rules import (
     inverse,
     kv_heads,
     no_windows,
+    nope_layers,
     number,
     one_window,
     qwen_windows,
@@ -236,14 +237,7 @@ GRANITE = LLAMA.but(
 )
 
 
-def _smollm3_nope_layers(config: Config) -> tuple[int, ...]:
-    """`no_rope_layers` holds a 0 for each layer that does not rotate; without it, every fourth does not."""
-    interval = config.integer("no_rope_layer_interval", 4)
-    layers = range(config.integer("num_hidden_layers"))
-    rotates = config.integers("no_rope_layers", [int((layer + 1) % interval != 0) for layer in layers])
-    if len(rotates) != len(layers):
-        raise config.wrong("no_rope_layers", f"one entry for each of the {len(layers)} layers")
-    return tuple(layer for layer in layers if not rotates[layer])
+_smollm3_nope_layers = nope_layers()
 
 
 def _smollm3_slides(config: Config, layer: int) -> bool:

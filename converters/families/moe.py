@@ -15,6 +15,7 @@ from trtx.converters.families.rules import (
     layer_kinds,
     layer_norm,
     made,
+    nope_layers,
     number,
     one_window,
     only,
@@ -371,14 +372,7 @@ GPT_OSS = LLAMA.but(
 )  # fmt: skip
 
 
-def _llama4_nope_layers(config: Config) -> tuple[int, ...]:
-    """`no_rope_layers` holds a 0 for each layer that does not rotate; without it, every fourth does not."""
-    interval = config.integer("no_rope_layer_interval", 4)
-    layers = range(config.integer("num_hidden_layers"))
-    rotates = config.integers("no_rope_layers", []) or [int((layer + 1) % interval != 0) for layer in layers]
-    if len(rotates) != len(layers):
-        raise config.wrong("no_rope_layers", f"one entry for each of the {len(layers)} layers")
-    return tuple(layer for layer in layers if not rotates[layer])
+_llama4_nope_layers = nope_layers(empty_is_absent=True)
 
 
 def _chunks(config: Config) -> tuple[int | None, ...]:

@@ -200,6 +200,23 @@ def from_max_window_layers(config: Config, layer: int) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary embedding
 
+
+def nope_layers(empty_is_absent: bool = False) -> Callable[[Config], tuple[int, ...]]:
+    """`no_rope_layers` holds a 0 for each layer that does not rotate; without it, every fourth does not."""
+
+    def rule(config: Config) -> tuple[int, ...]:
+        interval = config.integer("no_rope_layer_interval", 4)
+        layers = range(config.integer("num_hidden_layers"))
+        rotates = config.integers("no_rope_layers", None)
+        if rotates is None or (empty_is_absent and not rotates):
+            rotates = [int((layer + 1) % interval != 0) for layer in layers]
+        if len(rotates) != len(layers):
+            raise config.wrong("no_rope_layers", f"one entry for each of the {len(layers)} layers")
+        return tuple(layer for layer in layers if not rotates[layer])
+
+    return rule
+
+
 SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
 
