@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trtx.converters.spec import ModelSpec
-from trtx.runtime.ops.base import Mlp, Ops, Step, Value
+from trtx.runtime.ops.base import Heads, Mlp, Ops, Step, Value
 
 
 class Decoder:
@@ -36,6 +36,7 @@ class Decoder:
                 self.top[name] = weight
         for index, found in enumerate(self.layers):
             _gather_mlps(spec, found, index)
+        self.heads = [_heads(spec, found, index) for index, found in enumerate(self.layers)]
 
     def forward(self, step: Step) -> Value:
         """Logits [R, V] of the step's rows that want them."""
@@ -79,16 +80,7 @@ class Decoder:
             q, k, v = (ops.clamp(part, -spec.qkv_clip, spec.qkv_clip) for part in (q, k, v))
         if spec.qk_norm == "width":
             q, k = ops.norm(q, w["attn.q_norm"]), ops.norm(k, w["attn.k_norm"])
-        q, k, v = (ops.heads(part, spec.head_dim) for part in (q, k, v))
-        if spec.qk_norm in ("head", "heads"):
-            q, k = ops.norm(q, w["attn.q_norm"]), ops.norm(k, w["attn.k_norm"])
-        if rope := spec.rope_of(index):
-            q, k = ops.rope(q, rope, step), ops.rope(k, rope, step)
-            if spec.qk_norm == "unit":
-                q, k = ops.unit_norm(q, spec.norm.eps), ops.unit_norm(k, spec.norm.eps)
-        elif spec.query_scaling:
-            q = ops.scale_queries(q, spec.query_scaling.floor, spec.query_scaling.scale, step)
-        return ops.linear(ops.attention(q, k, v, index, step, w["attn.sinks"]), w["attn.o"])
+        return ops.linear(ops.attend(q, k, v, index, step, self.heads[index]), w["attn.o"])
 
     def _latent_attention(self, index: int, h: Value, step: Step) -> Value:
         ops, spec, w = self.ops, self.spec, self.layers[index]
@@ -158,6 +150,20 @@ class _Weights(dict[str, Any]):
 
     def __missing__(self, name: str) -> None:
         return None
+
+
+def _heads(spec: ModelSpec, layer: _Weights, index: int) -> Heads:
+    """What a layer does to its queries and keys."""
+    rope, normed = spec.rope_of(index), spec.qk_norm in ("head", "heads")
+    return Heads(
+        size=spec.head_dim,
+        q_norm=layer["attn.q_norm"] if normed else None,
+        k_norm=layer["attn.k_norm"] if normed else None,
+        rope=rope,
+        unit_eps=spec.norm.eps if rope and spec.qk_norm == "unit" else None,
+        scaling=None if rope else spec.query_scaling,
+        sinks=layer["attn.sinks"],
+    )
 
 
 def _gather_mlps(spec: ModelSpec, layer: _Weights, index: int) -> None:

@@ -1,6 +1,10 @@
 """The executor: requests in, token events out, one step at a time.
 
 Single-threaded and driven by its caller: `add` and `cancel` between steps, `step` until `has_work` is false.
+
+Over a runner that computes beside the host, steps overlap: step N + 1 is put together and launched before the tokens of
+step N are read. Until then a `PENDING` token stands for each; the device knows it. What N turns out to have ended is
+computed once more in N + 1, for nothing.
 """
 
 from __future__ import annotations
@@ -9,15 +13,16 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trtx.builder.engine import Limits
 from trtx.converters.errors import RequestError
-from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.batch import PENDING, SequenceSlice
 from trtx.runtime.kv_blocks import BlockManager
 from trtx.runtime.request import FinishReason, Request, TokenEvent
 from trtx.runtime.runner import Runner
 from trtx.runtime.sampler import Row, Sampled
-from trtx.runtime.scheduler import Scheduler, Sequence
+from trtx.runtime.scheduler import Scheduled, Scheduler, Sequence
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class StepStats:
         prefill_tokens: prompt tokens (and preempted sequences' tokens) computed.
         decode_tokens: sequences that computed a single token.
         context_tokens: KV cache entries that the decoding sequences attended to.
-        seconds: wall time.
+        seconds: wall time of the call of `step` that brought its tokens.
     """
 
     prefill_tokens: int
@@ -70,6 +75,21 @@ class _Continuations:
     started: bool = False
 
 
+@dataclass(frozen=True)
+class _InFlight:
+    """A step that was launched.
+
+    Attributes:
+        ticket: the runner's.
+        choosing: the sequences that get a token, in the order of the rows, with their requests' states and where
+            among the sequence's tokens it stands.
+    """
+
+    ticket: Any
+    slices: list[SequenceSlice]
+    choosing: list[tuple[Sequence, _Continuations, int]]
+
+
 class Executor:
     """In-flight batching over one runner.
 
@@ -98,11 +118,12 @@ class Executor:
         self.last_step = StepStats(0, 0, 0, 0.0)
         self._requests: dict[str, _Continuations] = {}
         self._cancelled: list[TokenEvent] = []
+        self._in_flight: _InFlight | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to report."""
-        return bool(self._requests or self._cancelled)
+        return bool(self._requests or self._cancelled or self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -133,19 +154,53 @@ class Executor:
                 self._cancelled.append(TokenEvent(request, sequence.index, None, finish=FinishReason.CANCELLED))
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch; returns an event for every token and every end."""
+        """Launch one batch and read another; returns an event for every token that was read and every end."""
         started = time.perf_counter()
         events, self._cancelled = self._cancelled, []
+        before, self._in_flight = self._in_flight, None
+        if before and not self._may_overlap():
+            events += self._collect(before)
+            before = None
+        launched = self._launch()
+        assert launched or before or events or not self._requests, "requests wait and nothing was scheduled"
+        read = before
+        if self.runner.overlaps:
+            self._in_flight = launched
+        else:
+            read = launched
+        if read:
+            events += self._collect(read)
+        self._count(read.slices if read else [], time.perf_counter() - started)
+        return events
+
+    def _may_overlap(self) -> bool:
+        """Whether the next step can be put together without knowing the last one's tokens."""
+        return not any(s.request.params.penalizes for s in self.scheduler.running)
+
+    def _launch(self) -> _InFlight | None:
+        """Put the next step together and start it; None when there is nothing to compute."""
         work = self.scheduler.schedule()
-        assert work or not self._requests, "requests wait and nothing was scheduled"
+        if not work:
+            return None
         slices = [item.slice() for item in work]
         choosing = [item.sequence for item, piece in zip(work, slices, strict=True) if piece.logits]
-        sampled = self.runner.run(slices, [self._row(sequence) for sequence in choosing]) if work else []
+        ticket = self.runner.launch(slices, [self._row(sequence) for sequence in choosing])
+        launched = _InFlight(ticket, slices, [(s, self._requests[s.request.id], len(s.tokens)) for s in choosing])
         for item in work:
             self.scheduler.computed(item)
-        for sequence, one in zip(choosing, sampled, strict=True):
-            events += self._advance(sequence, one)
-        self._count(slices, time.perf_counter() - started)
+        for row, sequence in enumerate(choosing):
+            sequence.tokens.append(PENDING)
+            sequence.source = row
+            if self._is_full(sequence, len(sequence.tokens)):
+                self.scheduler.remove(sequence)
+        return launched
+
+    def _collect(self, step: _InFlight) -> list[TokenEvent]:
+        """Read the tokens of a step."""
+        events: list[TokenEvent] = []
+        for (sequence, state, place), one in zip(step.choosing, self.runner.collect(step.ticket), strict=True):
+            if state.open.get(sequence.index) is sequence:
+                events += self._advance(sequence, state, place, one)
         return events
 
     def _refuse(self, request: Request) -> None:
@@ -172,16 +227,18 @@ class Executor:
         forbidden = state.ends if sequence.output_length < params.min_tokens else frozenset()
         return Row(params, sequence.tokens, sequence.prompt_length, state.seed, sequence.index, forbidden)
 
-    def _advance(self, sequence: Sequence, sampled: Sampled) -> list[TokenEvent]:
-        """Append the chosen token; end the sequence where it ends."""
-        request, state = sequence.request, self._requests[sequence.request.id]
+    def _advance(self, sequence: Sequence, state: _Continuations, place: int, sampled: Sampled) -> list[TokenEvent]:
+        """Put the chosen token in the place of the pending one; end the sequence where it ends."""
+        request = sequence.request
         if sampled.token is None:
             # What was not started yet would fail on the same prompt.
             return [self._fail(s) for s in ([sequence] if state.started else list(state.open.values()))]
-        sequence.tokens.append(sampled.token)
+        sequence.tokens[place] = sampled.token
         if not state.started:
             self._start_siblings(state)
-        finish = self._finish(sequence, sampled.token in state.ends)
+        finish = FinishReason.LENGTH if self._is_full(sequence, place + 1) else None
+        if sampled.token in state.ends:
+            finish = FinishReason.STOP
         if finish is not None:
             self._end(sequence)
         return [TokenEvent(request.id, sequence.index, sampled.token, sampled.logprob, sampled.top_logprobs, finish)]
@@ -195,11 +252,9 @@ class Executor:
         )
         return TokenEvent(request.id, sequence.index, None, finish=FinishReason.ERROR, error=error)
 
-    def _finish(self, sequence: Sequence, at_end: bool) -> FinishReason | None:
-        if at_end:
-            return FinishReason.STOP
-        asked = sequence.output_length == sequence.request.params.max_tokens
-        return FinishReason.LENGTH if asked or len(sequence.tokens) >= self.limits.max_seq_len else None
+    def _is_full(self, sequence: Sequence, length: int) -> bool:
+        """Whether a sequence of `length` tokens may not grow."""
+        return length - sequence.prompt_length == sequence.request.params.max_tokens or length >= self.limits.max_seq_len
 
     def _start_siblings(self, state: _Continuations) -> None:
         """Queue the other continuations: the prompt is in the KV cache now, for them to share."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -19,22 +20,45 @@ from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.sampler import Row, Sampled, sample
 
 
-class Runner(Protocol):
+class Runner(ABC):
     """What an executor drives. One backend, one rank group."""
 
     layout: KVLayout
     """How the runner's KV cache is laid out."""
     notes: list[str]
     """How this machine differs from the one that the engine was built for."""
+    overlaps: bool = False
+    """Whether a step may be launched before the one before is collected; tokens may then be `PENDING`."""
 
-    def run(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
-        """Compute a step: put the batch into the KV cache and choose a token for each slice that wants logits.
+    @abstractmethod
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> Any:
+        """Start a step: put the batch into the KV cache and choose a token for each slice that wants logits.
 
         Args:
             batch: slices of a single token first.
             rows: one for each wanted row of logits, in the order of the batch.
+
+        Returns:
+            What `collect` wants to see. Steps are collected in the order of their launches.
         """
-        ...
+
+    @abstractmethod
+    def collect(self, ticket: Any) -> list[Sampled]:
+        """What a step has chosen, a token for each row; waits for it."""
+
+
+class PlainRunner(Runner):
+    """Computes a step when it is launched."""
+
+    @abstractmethod
+    def run(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
+        """Compute a step; see `launch`."""
+
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
+        return self.run(batch, rows)
+
+    def collect(self, ticket: list[Sampled]) -> list[Sampled]:
+        return ticket
 
 
 def runner_of(engine: Engine, device: str | None, advance: Callable[[int], None]) -> Runner:
@@ -46,7 +70,7 @@ def runner_of(engine: Engine, device: str | None, advance: Callable[[int], None]
     return open_runner(engine, device)
 
 
-class TorchRunner:
+class TorchRunner(PlainRunner):
     """Runs an engine of the `torch` backend on one device.
 
     Args:

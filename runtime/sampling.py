@@ -71,6 +71,11 @@ class SamplingParams:
                 raise RequestError(f"{name} is {getattr(self, name)!r}.", f"Give a value that is {range_}.")
 
     @property
+    def penalizes(self) -> bool:
+        """Whether the tokens so far change what is likely."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
         return self.temperature == 0

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.batch import PENDING, SequenceSlice
 from trtx.runtime.kv_blocks import BlockManager, SequenceBlocks
 from trtx.runtime.request import Request
 
@@ -23,11 +23,12 @@ class Sequence:
 
     Attributes:
         index: which of the request's `n` continuations.
-        tokens: prompt and output so far.
+        tokens: prompt and output so far; the last may be `PENDING` while a step is in flight.
         computed: how many of them are in the KV cache.
         blocks: held while it runs.
         digests: keys of its full blocks, kept for the next attempt while it waits.
         parent: the sequence whose prompt it shares, while that one may still hold it.
+        source: the row of logits that a pending token comes from.
     """
 
     request: Request
@@ -37,6 +38,7 @@ class Sequence:
     blocks: SequenceBlocks | None = None
     digests: list[bytes] = field(default_factory=list)
     parent: Sequence | None = None
+    source: int | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -51,6 +53,11 @@ class Sequence:
         """Tokens that are not in the KV cache yet: 1 while it decodes."""
         return len(self.tokens) - self.computed
 
+    @property
+    def known(self) -> int:
+        """Tokens that are not `PENDING`."""
+        return len(self.tokens) - (self.tokens[-1] == PENDING)
+
 
 @dataclass(frozen=True)
 class Scheduled:
@@ -60,7 +67,7 @@ class Scheduled:
     count: int
 
     def slice(self) -> SequenceSlice:
-        """What the runner is told. The tables are the sequence's own lists: valid until the next `schedule`."""
+        """What a runner is told, until the next `schedule`: the tables are the sequence's own lists."""
         sequence = self.sequence
         assert sequence.blocks is not None
         end = sequence.computed + self.count
@@ -69,6 +76,7 @@ class Scheduled:
             start=sequence.computed,
             tables=tuple(sequence.blocks.tables),
             logits=int(end == len(sequence.tokens)),
+            source=sequence.source if sequence.tokens[-1] == PENDING else None,
         )
 
 
@@ -109,11 +117,14 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def computed(self, work: Scheduled) -> None:
-        """Note that a step has put `work` into the KV cache. Call it before new tokens are appended."""
+        """Note that a step puts `work` into the KV cache. Call it before new tokens are appended.
+
+        The step may still be in flight: whoever finds the blocks that it fills is served by a later one.
+        """
         sequence = work.sequence
         assert sequence.blocks is not None
         sequence.computed += work.count
-        self.manager.publish(sequence.blocks, sequence.tokens, sequence.computed)
+        self.manager.publish(sequence.blocks, sequence.tokens, min(sequence.computed, sequence.known))
 
     def schedule(self) -> list[Scheduled]:
         """The next step's work, sequences with a single token first; empty when nothing waits or runs."""
@@ -129,6 +140,8 @@ class Scheduler:
         budget = self.max_num_tokens - sum(step.values())
         while budget and self.waiting and len(self.running) < self.max_batch_size:
             sequence = self.waiting[0]
+            if sequence.known < len(sequence.tokens):
+                break  # preempted while its last token was in flight
             count = self._admit(sequence, budget)
             if not count:
                 break

@@ -15,11 +15,11 @@ from torch import Tensor
 from trtx.builder.engine import Engine, EngineConfig
 from trtx.builder.tensorrt.library import FLAVORS, load, messages, refusal
 from trtx.builder.tensorrt.plan import LOGITS, Bounds, cache_names, profiles
-from trtx.converters.errors import MismatchError
+from trtx.converters.errors import MismatchError, UnsupportedError
 from trtx.quantize.formats import DTYPES
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.kv_layout import KVLayout
-from trtx.runtime.runner import device_of, differences, require_memory
+from trtx.runtime.runner import PlainRunner, device_of, differences, require_memory
 from trtx.runtime.sampler import Row, Sampled, sample
 from trtx.runtime.slots import slot_inputs
 
@@ -32,7 +32,7 @@ class Plan(Protocol):
         ...
 
 
-class TensorRTRunner:
+class TensorRTRunner(PlainRunner):
     """Drives a plan; see `runtime.runner.Runner`."""
 
     def __init__(self, config: EngineConfig, plan: Plan, notes: Sequence[str] = ()) -> None:
@@ -63,11 +63,17 @@ def open_runner(engine: Engine, device: str | None) -> TensorRTRunner:
     """The runner of an engine on this machine's GPU.
 
     Raises:
+        UnsupportedError: the engine is for several GPUs.
         MissingPackageError: the TensorRT module is not installed.
         MismatchError: the engine was built for another compute capability or by another TensorRT, or there is no GPU.
         DoesNotFitError: the GPU has less memory free than the engine's ledger asks for.
     """
     config = engine.config
+    if config.mapping.ranks > 1:
+        raise UnsupportedError(
+            f"{engine.path}: built for {config.mapping.ranks} GPUs; this version builds such engines, and runs none.",
+            "Build it for one GPU: trtx build without --gpus and --tp.",
+        )
     load(FLAVORS[config.backend])
     target = device_of(engine, device)
     _require_match(engine, target)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trtx.converters.spec import Activation, MoE, Norm, Rope
+from trtx.converters.spec import Activation, MoE, Norm, QueryScaling, Rope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,28 @@ class Mlp:
 
     gate_up: Value
     down: Value
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What is done to the projections of one layer before they attend.
+
+    Attributes:
+        size: features of a head.
+        q_norm, k_norm: over each head; None: none.
+        rope: None: none.
+        unit_eps: of an RMSNorm without a weight behind RoPE; None: none.
+        scaling: of queries by their position, in layers without RoPE.
+        sinks: [heads] logits that take part in the softmax and have no value; None: none.
+    """
+
+    size: int
+    q_norm: Value = None
+    k_norm: Value = None
+    rope: Rope | None = None
+    unit_eps: float | None = None
+    scaling: QueryScaling | None = None
+    sinks: Value = None
 
 
 class Ops(ABC):
@@ -191,6 +213,19 @@ class Ops(ABC):
     def linears(self, x: Value, group: Value) -> list[Value]:
         """Several linears that read the same input; `group` is what `load_linear` made of each, or of all fused."""
         return [part for weight in group for part in self.split(self.linear(x, weight), weight)]
+
+    def attend(self, q: Value, k: Value, v: Value, layer: int, step: Step, heads: Heads) -> Value:
+        """From projections [T, heads * size] of queries, keys and values to `attention`'s output."""
+        q, k, v = (self.heads(part, heads.size) for part in (q, k, v))
+        if heads.q_norm is not None:
+            q, k = self.norm(q, heads.q_norm), self.norm(k, heads.k_norm)
+        if heads.rope:
+            q, k = self.rope(q, heads.rope, step), self.rope(k, heads.rope, step)
+        if heads.unit_eps is not None:
+            q, k = self.unit_norm(q, heads.unit_eps), self.unit_norm(k, heads.unit_eps)
+        if heads.scaling:
+            q = self.scale_queries(q, heads.scaling.floor, heads.scaling.scale, step)
+        return self.attention(q, k, v, layer, step, heads.sinks)
 
     def add_norm(self, x: Value, delta: Value | None, weight: Value) -> tuple[Value, Value]:
         """The residual stream x + delta, and its norm. No delta yet (the first layer): x itself."""

@@ -6,33 +6,45 @@ import zlib
 from collections.abc import Sequence
 
 from trtx.builder.engine import Limits
-from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.batch import PENDING, SequenceSlice
 from trtx.runtime.executor import Executor
 from trtx.runtime.kv_layout import KVLayout, kv_groups
+from trtx.runtime.runner import Runner
 from trtx.runtime.sampler import Row, Sampled
 
 VOCAB = 97
 
 
-class FakeRunner:
+class FakeRunner(Runner):
     """Keeps the token of every cache position instead of keys and values, and checks what it is asked.
 
     The next token is a checksum of the visible tokens as read back through the tables, so a wrong or shared block
-    changes the output.
+    changes the output. One that overlaps reads pending tokens from the step before, and tells a step's tokens only
+    once.
     """
 
-    def __init__(self, limits: Limits, windows: tuple[int | None, ...] = (None, None), chunked: bool = False) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        windows: tuple[int | None, ...] = (None, None),
+        chunked: bool = False,
+        overlaps: bool = False,
+    ) -> None:
+        self.overlaps = overlaps
+        self.last: list[Sampled] = []
+        self.tickets: list[list[Sampled]] = []
         self.layout = KVLayout(kv_groups(windows, chunked), limits.kv_block_size, 1, 8, 2)
         self.limits = limits
         self.cache = [{} for _ in self.layout.groups]
         self.poison: set[tuple[int, ...]] = set()
 
-    def run(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
+        assert len(self.tickets) < 2, "a step is launched before the one before the last is read"
         assert sum(len(piece.tokens) for piece in batch) <= self.limits.max_num_tokens
         assert len(batch) <= self.limits.max_batch_size
         written: set[tuple[int, int]] = set()
         for piece in batch:
-            for offset, token in enumerate(piece.tokens):
+            for offset, token in enumerate(self._known(piece)):
                 for group, table in enumerate(piece.tables):
                     place = self._place(table, piece.start + offset)
                     assert (group, place) not in written, "two tokens of a step share a place"
@@ -40,7 +52,20 @@ class FakeRunner:
                     self.cache[group][place] = token
         wanted = [piece for piece in batch if piece.logits]
         assert len(wanted) == len(rows)
-        return [Sampled(self._next(piece, row)) for piece, row in zip(wanted, rows, strict=True)]
+        self.last = [Sampled(self._next(piece, row)) for piece, row in zip(wanted, rows, strict=True)]
+        self.tickets.append(self.last)
+        return self.last
+
+    def collect(self, ticket: list[Sampled]) -> list[Sampled]:
+        assert self.tickets.pop(0) is ticket, "steps are read in the order of their launches"
+        return ticket
+
+    def _known(self, piece: SequenceSlice) -> Sequence[int]:
+        """The tokens of a slice, a pending one read from the step before."""
+        if PENDING not in piece.tokens:
+            return piece.tokens
+        assert self.overlaps and len(piece.tokens) == 1 and piece.source is not None
+        return [self.last[piece.source].token or 0]
 
     def _place(self, table: Sequence[int], position: int) -> int:
         block = table[position // self.layout.block_size]
@@ -93,7 +118,11 @@ def make_limits(**changes) -> Limits:
 
 
 def make_executor(
-    windows: tuple[int | None, ...] = (None, None), reuse: bool = True, chunked: bool = False, **changes
+    windows: tuple[int | None, ...] = (None, None),
+    reuse: bool = True,
+    chunked: bool = False,
+    overlaps: bool = False,
+    **changes,
 ) -> Executor:
     limits = make_limits(**changes)
-    return Executor(FakeRunner(limits, windows, chunked), limits, VOCAB, prefix_reuse=reuse)
+    return Executor(FakeRunner(limits, windows, chunked, overlaps), limits, VOCAB, prefix_reuse=reuse)

@@ -37,18 +37,22 @@ def tokens(events: list[TokenEvent]) -> list[int]:
     ids=["full", "mixed", "windowed", "chunked"],
 )
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no-reuse"])
+@pytest.mark.parametrize("overlaps", [False, True], ids=["plain", "overlapped"])
 @pytest.mark.parametrize("seed", range(4))
-def test_mixed_requests_get_what_they_would_get_alone(windows, chunked, reuse, seed):
+def test_mixed_requests_get_what_they_would_get_alone(windows, chunked, reuse, overlaps, seed):
     """Random arrivals, shared prefixes, cancellations, n > 1, a pool that runs dry: same tokens, no block left."""
     rng = random.Random(seed)
     blocks = 16 if windows == (20, 20) else 41
-    executor = make_executor(windows, reuse, chunked, kv_blocks=blocks, max_num_tokens=rng.choice([8, 16, 64]))
+    tokens_a_step = rng.choice([8, 16, 64])
+    executor = make_executor(windows, reuse, chunked, overlaps, kv_blocks=blocks, max_num_tokens=tokens_a_step)
     groups = [group.window for group in executor.runner.layout.groups]
     common = [rng.randrange(VOCAB) for _ in range(40)]
     wanted, events, cancelled = {}, defaultdict(list), set()
     for number in range(60):
         prompt = common[: rng.randrange(41)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40))]
-        one = request(str(number), prompt, max_tokens=rng.randrange(1, 45), n=rng.choice([1, 1, 1, 3]))
+        penalty = rng.choice([0, 0, 0, 0.5])  # the fake does not mind; its steps can't overlap
+        several = rng.choice([1, 1, 1, 3])
+        one = request(str(number), prompt, max_tokens=rng.randrange(1, 45), n=several, presence_penalty=penalty)
         executor.add(one)
         wanted[one.id] = one
         for _ in range(rng.randrange(4)):
