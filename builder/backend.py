@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from trtx.builder.engine import ParallelMapping
 from trtx.builder.shard import Shard
 from trtx.builder.sizing import Sizing
 from trtx.converters.errors import UnsupportedError
@@ -13,6 +14,9 @@ from trtx.runtime.kv_layout import KVLayout
 
 if TYPE_CHECKING:
     from trtx.converters.artifact import Draft
+    from trtx.converters.convert import Progress
+    from trtx.converters.shards import Entry
+    from trtx.converters.spec import Module
     from trtx.runtime.weights import WeightStore
 
 
@@ -21,12 +25,14 @@ class Backend(ABC):
 
     Attributes:
         compiles: an engine holds what `compile` writes instead of its weights.
+        fp8_attention: attention can multiply in FP8.
         padding_blocks: KV blocks that belong to no sequence and take room: 1 where block 0 does.
     """
 
     name: str
     devices: tuple[str, ...]
     compiles: bool = False
+    fp8_attention: bool = False
     padding_blocks: int = 1
 
     def fit(self, sizing: Sizing) -> Sizing:
@@ -37,12 +43,32 @@ class Backend(ABC):
         """
         return sizing
 
+    def obstacle(self, mapping: ParallelMapping) -> str:
+        """Why engines of this backend can't be split like this, whatever the model; empty when they can."""
+        return ""
+
     def versions(self) -> dict[str, str]:
         """Libraries beside torch that make the engine, for its fingerprint."""
         return {}
 
+    def linear_entries(self, store: WeightStore, name: str, modules: list[Module], sizing: Sizing) -> Iterator[Entry]:
+        """What an engine stores of linears that are used as one, called `name`."""
+        from trtx.builder.build import joined
+
+        return joined(store, name, modules)
+
+    def add_kernels(  # noqa: B027 - most have none
+        self, store: WeightStore | None, sizing: Sizing, draft: Draft, progress: Progress
+    ) -> None:
+        """Write compiled kernels beside the weights of rank 0, if the backend has any.
+
+        Args:
+            store: the weights; None: random ones.
+            progress: shows how many are compiled.
+        """
+
     def compile(self, store: WeightStore, sizing: Sizing, draft: Draft, advance: Callable[[int], None]) -> None:
-        """Write the compiled engine of rank 0.
+        """Write the compiled engine of every rank.
 
         Args:
             advance: called with the bytes of each weight taken in, and with as many again while it compiles.
@@ -86,14 +112,15 @@ def choose_backend(name: str, device: str) -> Backend:
     Raises:
         UnsupportedError: no such backend, or it does not run on the device.
     """
+    from trtx.builder.cuda.backend import CudaBackend
     from trtx.builder.tensorrt.backend import TensorRTBackend
     from trtx.builder.tensorrt.library import FLAVORS
     from trtx.builder.torch_backend import TorchBackend
 
-    known: dict[str, Backend] = {"torch": TorchBackend()}
+    known: dict[str, Backend] = {"torch": TorchBackend(), "cuda": CudaBackend()}
     known.update((flavor.backend, TensorRTBackend(flavor)) for flavor in FLAVORS.values())
     if name == "auto":
-        return known["torch"]
+        return known["cuda" if device == "cuda" else "torch"]
     if name not in known:
         raise UnsupportedError(f"--backend {name}: no such backend.", f"Use auto or {', '.join(known)}.")
     if device not in known[name].devices:

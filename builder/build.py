@@ -32,7 +32,7 @@ from trtx.converters.random_weights import RandomSource
 from trtx.converters.shards import Entry, write_shards
 from trtx.converters.sources import RANDOM
 from trtx.converters.spec import Kind, ModelSpec, Module
-from trtx.quantize.formats import DTYPES
+from trtx.quantize.formats import DTYPES, Quantization
 from trtx.quantize.weight import fusable
 from trtx.runtime.kv_layout import BLOCK_SIZES
 from trtx.runtime.weights import WeightStore, fused_groups
@@ -42,7 +42,9 @@ DEFAULT_TOKENS = 2048
 DEFAULT_LENGTH = 8192
 DEFAULT_ISL, DEFAULT_OSL = 1024, 256
 
-MATH_UNITS = {"fp8": "fp8", "int8_sq": "int8", "nvfp4": "fp4", "mxfp8": "fp8", "w4a8_awq": "fp8"}
+MATH_UNITS = {
+    "fp8": "fp8", "fp8_pc_pt": "fp8", "int8_sq": "int8", "nvfp4": "fp4", "mxfp8": "fp8", "w4a8_awq": "fp8",
+}  # fmt: skip
 """The units that multiply a weight format as it is; the others are dequantized on every GPU."""
 
 
@@ -55,10 +57,11 @@ class BuildSettings:
         gpus, tp, pp: ranks; all None is one. With `tp` or `pp` given the planner has no choice.
         dtype: to compute in; 'auto': the checkpoint's.
         kv_cache_dtype: 'auto': fp8 where the checkpoint has scales for it, else `dtype`.
+        attention: what attention multiplies in; 'auto': `dtype`, or 'fp8'.
         memory_fraction: the part of the device's memory that the engine may take.
         kv_cache_memory: the most bytes for the KV cache.
         isl, osl: prompt and output tokens of the workload that plans are rated for.
-        seed: of random weights.
+        seed, random_format: of random weights.
     """
 
     backend: str = "auto"
@@ -71,12 +74,14 @@ class BuildSettings:
     max_seq_len: int | None = None
     kv_block_size: int = 32
     kv_cache_dtype: str = "auto"
+    attention: str = "auto"
     dtype: str = "auto"
     memory_fraction: float = 0.9
     kv_cache_memory: int | None = None
     isl: int | None = None
     osl: int | None = None
     seed: int = 0
+    random_format: str = "none"
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class Blueprint:
         """The tensors of the engine, in the order in which the runtime loads them; none for random weights."""
         if self.checkpoint is None:
             return []
-        return list(_entries(WeightStore.of_checkpoint(self.checkpoint), fp8_cache=self.sizing.kv_dtype == "fp8"))
+        return list(_entries(WeightStore.of_checkpoint(self.checkpoint), self.backend, self.sizing))
 
     def config(self) -> EngineConfig:
         """The `engine.json` that `write` would write."""
@@ -174,14 +179,20 @@ def prepare(source: Path | str, settings: BuildSettings) -> Blueprint:
     checkpoint, random = None, None
     if str(source).startswith(RANDOM):
         random = RandomSource(Path(str(source).removeprefix(RANDOM)), settings.seed)
-        model = _random_model(random)
+        model = _random_model(random, settings)
     else:
         checkpoint = Checkpoint(source)
         model = checkpoint.config
     target = resolve(settings.gpu)
     backend = choose_backend(settings.backend, target.device)
     notes = [target.warning] if target.warning else []
-    sizing = backend.fit(_size(model, target, settings, notes))
+    sizing = _size(model, target, settings, notes)
+    if sizing.fp8_attention and not backend.fp8_attention:
+        raise UnsupportedError(
+            f"--attention fp8: the {backend.name} backend has no attention in FP8.",
+            "Leave it out, or use --backend tensorrt or tensorrt-rtx.",
+        )
+    sizing = backend.fit(sizing)
     workload = _workload(sizing, settings)
     candidates = _candidates(sizing, backend, settings, workload)
     chosen = pick(candidates, sizing, backend)
@@ -190,21 +201,29 @@ def prepare(source: Path | str, settings: BuildSettings) -> Blueprint:
     return Blueprint(settings, backend, sizing, workload, candidates, chosen, checkpoint, random, notes)
 
 
-def write(blueprint: Blueprint, out: Path, *, force: bool = False, progress: Progress = silent) -> list[str]:
+def write(
+    blueprint: Blueprint,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+    kernel_progress: Progress = silent,
+) -> list[str]:
     """Write the engine's directory, whole or not at all.
 
     Args:
         progress: shows the bytes written.
+        kernel_progress: shows the kernels compiled, where the backend has any.
 
     Returns:
         Warnings about tokenizer files that could not be written.
 
     Raises:
-        UnsupportedError: the plan has more than one rank.
+        UnsupportedError: the plan has more than one rank, and the backend builds for one.
         OutputError: `out` exists (without `force`) or can't be written.
     """
     mapping = blueprint.sizing.mapping
-    if mapping.ranks > 1:
+    if mapping.ranks > 1 and not blueprint.backend.compiles:
         raise UnsupportedError(
             f"tp {mapping.tp} × pp {mapping.pp}: this version runs engines of one GPU only.",
             "Plan with --plan-only, or build for one GPU.",
@@ -223,6 +242,8 @@ def write(blueprint: Blueprint, out: Path, *, force: bool = False, progress: Pro
         if blueprint.backend.compiles:
             with progress(2 * blueprint.sizing.model.bytes) as advance:
                 blueprint.backend.compile(blueprint.store, blueprint.sizing, draft, advance)
+        stored = None if blueprint.random is not None else blueprint.store
+        blueprint.backend.add_kernels(stored, blueprint.sizing, draft, kernel_progress)
         if blueprint.random is not None:
             return blueprint.random.write_tokenizer(draft)
         assert blueprint.checkpoint is not None
@@ -238,9 +259,13 @@ def write(blueprint: Blueprint, out: Path, *, force: bool = False, progress: Pro
 # Decisions
 
 
-def _random_model(source: RandomSource) -> CheckpointConfig:
+def _random_model(source: RandomSource, settings: BuildSettings) -> CheckpointConfig:
     spec = find_family(source.config, source.config_name).spec(source.config, source.config_name)
-    return CheckpointConfig(spec, cast(Any, source.default_dtype), provenance=source.provenance)
+    quantization = Quantization(settings.random_format)
+    linears = [module for module in spec.modules() if quantization.format_of(module).name != "none"]
+    sizes = [quantization.format_of(module).group_size(module.shape[1]) for module in linears]
+    quantization = replace(quantization, group_size=min(sizes, default=0))
+    return CheckpointConfig(spec, cast(Any, source.default_dtype), quantization, source.provenance)
 
 
 def _size(model: CheckpointConfig, target: Target, settings: BuildSettings, notes: list[str]) -> Sizing:
@@ -256,6 +281,7 @@ def _size(model: CheckpointConfig, target: Target, settings: BuildSettings, note
         max_num_tokens=_given(settings.max_num_tokens, max(batch, min(DEFAULT_TOKENS, batch * length))),
         max_seq_len=length,
         kv_block_size=settings.kv_block_size,
+        fp8_attention=_fp8_attention(model, settings, notes),
         memory_fraction=settings.memory_fraction,
         kv_cache_memory=settings.kv_cache_memory,
     )
@@ -324,6 +350,18 @@ def _kv_dtype(model: CheckpointConfig, compute: str, settings: BuildSettings, no
     return kv_dtype
 
 
+def _fp8_attention(model: CheckpointConfig, settings: BuildSettings, notes: list[str]) -> bool:
+    if settings.attention == "auto":
+        return False
+    _known("--attention", settings.attention, ("fp8",))
+    if model.quantization.kv_cache != "fp8":
+        notes.append(
+            "The checkpoint has no scales for attention in FP8: 1.0 is used, which cuts keys and values above 448. "
+            "`trtx quantize --kv-cache fp8` calibrates them."
+        )
+    return True
+
+
 def _known(option: str, value: str, values: tuple[str, ...]) -> str:
     if value not in values:
         raise InputError(f"{option} is {value!r}.", f"Give auto, {', '.join(values)}.")
@@ -362,7 +400,9 @@ def _candidates(sizing: Sizing, backend: Backend, settings: BuildSettings, workl
 
 
 def _remarks(sizing: Sizing, backend: Backend) -> Iterator[str]:
-    form = sizing.model.quantization.format
+    form, ranks = sizing.model.quantization.format, sizing.mapping.ranks
+    if ranks > 1 and backend.compiles:
+        yield f"This version builds engines for {ranks} GPUs and does not run them."
     if form != "none" and backend.name == "torch":
         gpu, unit = sizing.target.gpu, MATH_UNITS.get(form)
         lacking = f"{gpu.name} has no {unit} units, and " if gpu and unit and unit not in gpu.tflops else ""
@@ -383,23 +423,23 @@ def _fingerprint(target: Target, backend: Backend) -> Fingerprint:
 # Weights
 
 
-def _entries(store: WeightStore, fp8_cache: bool) -> Iterator[Entry]:
+def _entries(store: WeightStore, backend: Backend, sizing: Sizing) -> Iterator[Entry]:
     """The engine's tensors: those of the checkpoint, linears that read one input fused where that changes nothing."""
     spec = store.config.spec
     for module in spec.modules():
         if module.kind is not Kind.LINEAR:
-            yield from _joined(store, module.name, [module])
+            yield from joined(store, module.name, [module])
     for name, modules in fused_groups(store.config):
         if fusable([store.linear(module) for module in modules], store.stored(modules[0])):
-            yield from _joined(store, name, modules)
+            yield from backend.linear_entries(store, name, modules, sizing)
         else:
             for module in modules:
-                yield from _joined(store, module.name, [module])
-    if fp8_cache:
+                yield from backend.linear_entries(store, module.name, [module], sizing)
+    if sizing.kv_dtype == "fp8":
         yield from _kv_scales(store, spec)
 
 
-def _joined(store: WeightStore, name: str, modules: list[Module]) -> Iterator[Entry]:
+def joined(store: WeightStore, name: str, modules: list[Module]) -> Iterator[Entry]:
     """The entries of modules joined along their outputs; nothing is read before an entry's turn comes."""
     for suffix, meaning in store.stored(modules[0]).items():
         joined = modules if meaning.rows else modules[:1]

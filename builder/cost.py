@@ -55,14 +55,15 @@ def prefill_flops(model: Model, tokens: int, before: int = 0) -> int:
 def weight_bytes(model: Model, tokens: int = 1) -> int:
     """Bytes of the weights that a step of `tokens` tokens reads; of an untied embedding it reads only a few rows.
 
-    A checkpoint's weights count as stored. An engine's count as its backend holds them: the `torch` backend holds all
-    of them in the compute dtype.
+    Weights count as stored; but the `torch` backend holds all of an engine's in the compute dtype.
     """
     from trtx.builder.engine import EngineConfig
     from trtx.quantize.formats import DTYPES
 
     if isinstance(model, EngineConfig):
-        return resident_bytes(model.model.spec, model.compute_dtype, tokens)
+        if model.backend == "torch":
+            return resident_bytes(model.model.spec, model.compute_dtype, tokens)
+        model = model.model
 
     def stored(module: Module) -> int:
         return sum(tensor.bytes for tensor in model.quantization.stored(module, DTYPES[model.dtype]).values())

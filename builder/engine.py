@@ -3,6 +3,7 @@
     engine.json                             `EngineConfig`: model, limits, layout, ledger, fingerprint
     rank0/weights-00001-of-0000N.safetensors  weights in kernel layout (fused groups where formats allow), or
     rank0/model.plan                        a TensorRT engine, which holds them
+    rank0/kernels/                          compiled kernels of the `cuda` backend; see `runtime.cuda.cubins`
     tokenizer.json, …                       for prompts in text
     manifest.json                           what made it
 
@@ -25,6 +26,7 @@ from trtx.converters.spec import from_json
 
 ENGINE = "engine.json"
 PLAN = "model.plan"
+KERNELS = "kernels"
 ENGINE_FORMAT = 1
 
 
@@ -89,7 +91,7 @@ class EngineConfig:
         ledger: bytes by purpose, as `builder.ledger` planned them.
     """
 
-    backend: Literal["torch", "tensorrt", "tensorrt-rtx"]
+    backend: Literal["torch", "cuda", "tensorrt", "tensorrt-rtx"]
     model: CheckpointConfig
     compute_dtype: Literal["fp32", "fp16", "bf16"]
     limits: Limits
@@ -149,6 +151,11 @@ class Engine:
     def plan(self) -> Path:
         """The TensorRT engine of rank 0."""
         return self.rank(0) / PLAN
+
+    @property
+    def kernels(self) -> Path:
+        """The compiled kernels of rank 0."""
+        return self.rank(0) / KERNELS
 
     @cached_property
     def shards(self) -> Shards:

@@ -79,7 +79,7 @@ def plans(sizing: Sizing, backend: Backend, gpus: int, workload: Workload) -> li
 
 def plan(sizing: Sizing, backend: Backend, workload: Workload) -> Plan:
     """The plan of one mapping."""
-    problem = obstacle(sizing.model, sizing.mapping)
+    problem = backend.obstacle(sizing.mapping) or obstacle(sizing.model, sizing.mapping)
     if problem:
         return Plan(sizing.mapping, problem=problem)
     ledger = account(sizing, backend)

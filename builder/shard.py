@@ -1,17 +1,93 @@
-"""Which part of a model one rank holds."""
+"""Which part of a model one rank holds, and how tensors are cut for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from trtx.builder.engine import ParallelMapping
 from trtx.converters.checkpoint import CheckpointConfig
 from trtx.converters.spec import Kind, ModelSpec, Module, Split
-from trtx.quantize.formats import DTYPES
+from trtx.quantize.formats import DTYPES, Stored
 from trtx.runtime.kv_layout import KVLayout, kv_groups
 
 _FIRST_STAGE = ("positions", "embed_in", "embed_norm")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of `tp` tensor-parallel ranks, which hold equal parts of a model that `obstacle` has nothing against.
+
+    A linear cut along its outputs gives a part of them. One cut along its inputs gives a part of a sum: its bias is on
+    rank 0, and zeros on the others, and a format with a scale for each token scales the part that a rank has of it. The
+    vocabulary is padded with copies of its last row.
+
+    Attributes:
+        spec: of the whole model.
+    """
+
+    spec: ModelSpec
+    tp: int = 1
+    index: int = 0
+
+    @cached_property
+    def part(self) -> ModelSpec:
+        """What this rank computes, as a model of its own."""
+        spec, tp = self.spec, self.tp
+        if tp == 1:
+            return spec
+        moe = spec.moe and replace(
+            spec.moe, intermediate_size=spec.moe.intermediate_size // tp, shared_size=spec.moe.shared_size // tp
+        )
+        return replace(
+            spec,
+            vocab_size=-(-spec.vocab_size // tp),
+            intermediate_size=spec.intermediate_size // tp,
+            num_heads=spec.num_heads // tp,
+            num_kv_heads=spec.num_kv_heads // tp,
+            moe=moe,
+        )
+
+    @property
+    def heads(self) -> slice:
+        """Its attention heads among all."""
+        count = self.part.num_heads
+        return slice(self.index * count, (self.index + 1) * count)
+
+    @property
+    def first_token(self) -> int:
+        """The first token id whose rows of the embedding and of lm_head it holds."""
+        return self.index * self.part.vocab_size
+
+    def cut(self, module: Module, suffix: str, stored: Stored, tensor: Tensor) -> Tensor:
+        """This rank's part of a stored tensor.
+
+        Args:
+            module, stored: as they are in the whole model.
+        """
+        if self.tp == 1 or module.split is Split.NONE:
+            return tensor
+        if module.split is Split.COLUMNS:
+            if suffix == "bias":
+                return tensor if self.index == 0 else torch.zeros_like(tensor)
+            return self._piece(tensor, tensor.dim() - 1) if stored.columns else tensor
+        along_outputs = stored.rows or module.kind in (Kind.NORM, Kind.VECTOR)
+        return self._piece(tensor, 0) if along_outputs else tensor
+
+    def _piece(self, tensor: Tensor, dim: int) -> Tensor:
+        """One of `tp` equal parts of a dimension, which is padded with its last row where it does not divide."""
+        whole = tensor.shape[dim]
+        size = -(-whole // self.tp)
+        start = min(self.index * size, whole)
+        piece = tensor.narrow(dim, start, min(size, whole - start))
+        if missing := size - piece.shape[dim]:
+            last = tensor.narrow(dim, whole - 1, 1)
+            piece = torch.cat([piece, *[last] * missing], dim)
+        return piece.contiguous()
 
 
 @dataclass(frozen=True)
@@ -39,9 +115,7 @@ class Shard:
 
     def modules(self) -> Iterator[Module]:
         """The modules of this rank, with the shapes of its part of them."""
-        for module in self.spec.modules():
-            if self._holds(module):
-                yield replace(module, shape=_part(module, self.mapping.tp))
+        yield from filter(self._holds, Rank(self.spec, self.mapping.tp).part.modules())
 
     def kv_layout(self, block_size: int, itemsize: int) -> KVLayout:
         """The KV cache of this rank."""
@@ -90,12 +164,3 @@ def obstacle(model: CheckpointConfig, mapping: ParallelMapping) -> str:
             if unit > 1 and size % (unit * tp):
                 return f"{tp} parts of {module.name}.{suffix} would cut a unit of {unit}"
     return ""
-
-
-def _part(module: Module, tp: int) -> tuple[int, ...]:
-    """The shape of one rank's part of a module; the vocabulary is padded where it does not divide."""
-    if module.split is Split.ROWS:
-        return (-(-module.shape[0] // tp), *module.shape[1:])
-    if module.split is Split.COLUMNS:
-        return (module.shape[0], module.shape[1] // tp)
-    return module.shape

@@ -15,6 +15,7 @@ class Sizing:
 
     Attributes:
         compute_dtype, kv_dtype: 'fp32', 'fp16', 'bf16'; `kv_dtype` also 'fp8'.
+        fp8_attention: whether attention multiplies in FP8.
         memory_fraction: the part of the device's memory that the engine may take.
         kv_cache_memory: the most bytes for the KV cache of a rank; None: whatever is left.
     """
@@ -27,6 +28,7 @@ class Sizing:
     max_num_tokens: int
     max_seq_len: int
     kv_block_size: int
+    fp8_attention: bool = False
     memory_fraction: float = 0.9
     kv_cache_memory: int | None = None
     mapping: ParallelMapping = field(default_factory=ParallelMapping)

@@ -55,7 +55,7 @@ def suggestions(sizing: Sizing, backend: Backend) -> list[Suggestion]:
     found = found or list(_smallest(sizing, fits))
     found += _shorter(sizing, fits)
     found = found or list(_smallest_and_shorter(sizing, fits))
-    return [*found, *_more_gpus(sizing, fits)]
+    return [*found, *_more_gpus(sizing, backend, fits)]
 
 
 Fits = Callable[[Sizing], bool]
@@ -134,7 +134,7 @@ def _shrunk(sizing: Sizing) -> tuple[Sizing, str]:
     return replace(sizing, max_batch_size=1, max_num_tokens=tokens), f"--max-batch-size 1 --max-num-tokens {tokens}"
 
 
-def _more_gpus(sizing: Sizing, fits: Fits) -> Iterator[Suggestion]:
+def _more_gpus(sizing: Sizing, backend: Backend, fits: Fits) -> Iterator[Suggestion]:
     """The fewest GPUs that the model can be split over and fits on."""
     if sizing.target.gpu is None:
         return
@@ -142,9 +142,10 @@ def _more_gpus(sizing: Sizing, fits: Fits) -> Iterator[Suggestion]:
     while count <= _MOST_GPUS:
         for mapping in mappings(count):
             changed = replace(sizing, mapping=mapping)
-            if not obstacle(sizing.model, mapping) and fits(changed):
+            if not (backend.obstacle(mapping) or obstacle(sizing.model, mapping)) and fits(changed):
                 options = f"--gpus {count} --tp {mapping.tp} --pp {mapping.pp}"
-                yield Suggestion(options, changed, "more than one GPU can be planned, not built yet")
+                done = "built, not run" if backend.compiles else "planned, not built"
+                yield Suggestion(options, changed, f"more than one GPU can be {done} yet")
                 return
         count *= 2
 

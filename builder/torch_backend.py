@@ -36,8 +36,8 @@ NCCL = 512 * _MIB
 """Channels and buffers of one communicator."""
 
 ROUNDING_BYTES = {
-    "none": 0, "fp8": 10, "int8_wo": 0, "int8_sq": 13, "int4_awq": 8, "w4a8_awq": 14, "nvfp4_wo": 0, "nvfp4": 30,
-    "mxfp4": 0, "mxfp8": 16,
+    "none": 0, "fp8": 10, "fp8_wo": 0, "fp8_pc_pt": 10, "int8_wo": 0, "int8_sq": 13, "int4_awq": 8, "w4a8_awq": 14,
+    "nvfp4_wo": 0, "nvfp4": 30, "mxfp4": 0, "mxfp8": 16,
 }  # fmt: skip
 """Temporary bytes an input number takes while a format rounds it (`Format.activation`), besides the result."""
 

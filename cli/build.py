@@ -26,6 +26,7 @@ class BackendChoice(str, Enum):
 
     AUTO = "auto"
     TORCH = "torch"
+    CUDA = "cuda"
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"
 
@@ -37,6 +38,13 @@ class KVDtypeChoice(str, Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    FP8 = "fp8"
+
+
+class AttentionChoice(str, Enum):
+    """Values of `--attention`."""
+
+    AUTO = "auto"
     FP8 = "fp8"
 
 
@@ -84,6 +92,9 @@ def build(
     kv_cache_dtype: Annotated[
         KVDtypeChoice, typer.Option(help="Of the KV cache; auto: fp8 where CKPT has its scales, else as --dtype.")
     ] = KVDtypeChoice.AUTO,
+    attention: Annotated[
+        AttentionChoice, typer.Option(help="What attention multiplies in; auto: --dtype. fp8: TensorRT backends only.")
+    ] = AttentionChoice.AUTO,
     dtype: Annotated[DtypeChoice, typer.Option(help="To compute in; auto: CKPT's.")] = DtypeChoice.AUTO,
     memory_fraction: Annotated[
         float, typer.Option(metavar="F", help="Part of the device's memory that the engine may take.")
@@ -103,6 +114,9 @@ def build(
         int | None, typer.Option(min=1, metavar="N", help="Output tokens that plans are rated for. Default: 256.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of random weights.")] = 0,
+    random_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="Weight format of random weights: none, fp8, int4_awq, …")
+    ] = "none",
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Print ledger and plans; write nothing.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -130,12 +144,14 @@ def build(
         max_seq_len=max_seq_len,
         kv_block_size=kv_block_size,
         kv_cache_dtype=kv_cache_dtype.value,
+        attention=attention.value,
         dtype=dtype.value,
         memory_fraction=memory_fraction,
         kv_cache_memory=kv_cache_memory,
         isl=isl,
         osl=osl,
         seed=seed,
+        random_format=random_format,
     )
     blueprint = library.prepare(source, settings)
     for text in blueprint.notes:
@@ -143,9 +159,13 @@ def build(
     emit(_to_json(blueprint), as_json, lambda: _render(blueprint))
     if plan_only or out is None:
         return
-    for text in library.write(blueprint, out, force=force, progress=partial(progress, "Building")):
+    bars = {
+        "progress": partial(progress, "Building"),
+        "kernel_progress": partial(progress, "Compiling", unit="kernels"),
+    }
+    for text in library.write(blueprint, out, force=force, **bars):
         warn(text)
-    if not as_json:
+    if not as_json and blueprint.sizing.mapping.ranks == 1:
         note(f'Next: trtx run {out} "Hello", or trtx bench {out}')
 
 
@@ -158,6 +178,7 @@ def _to_json(blueprint: Blueprint) -> dict[str, Any]:
         "quantization": config.model.quantization.format,
         "random_weights": config.has_random_weights,
         "compute_dtype": config.compute_dtype,
+        "attention_dtype": "fp8" if blueprint.sizing.fp8_attention else config.compute_dtype,
         "limits": asdict(config.limits),
         "mapping": asdict(config.mapping),
         "fingerprint": asdict(config.fingerprint),
@@ -192,8 +213,10 @@ def _facts(blueprint: Blueprint) -> Table:
         else quantization.format.replace("none", "unquantized")
     )
     table = Table.grid(padding=(0, 2))
+    attention = ", attention in fp8" if sizing.fp8_attention else ""
     table.add_row(
-        "model", f"{spec.family}, {spec.parameters:,} parameters, {weights}, computing in {sizing.compute_dtype}"
+        "model",
+        f"{spec.family}, {spec.parameters:,} parameters, {weights}, computing in {sizing.compute_dtype}{attention}",
     )
     table.add_row("device", f"{sizing.target.name}, {blueprint.backend.name} backend")
     table.add_row(

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trtx.cli.common import Json, emit, note
-from trtx.converters.errors import InputError
+from trtx.converters.errors import InputError, MismatchError, MissingPackageError, UnsupportedError
 
 DESCRIPTIONS = {"checkpoint": "config.json", "engine": "engine.json"}
 """The file that holds a directory's spec, by its kind."""
@@ -26,6 +26,9 @@ def inspect(
         bool, typer.Option("--verify", help="Hash every file again; exit with 3 if one differs.")
     ] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors: dtype, shape and file.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="List the layers of a TensorRT engine; on the GPU it was built for.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint or engine is, what made it and what is in it."""
@@ -39,6 +42,12 @@ def inspect(
         data["tensors"] = list(_tensors(directory, manifest.files))
     if verify:
         data["differs"] = manifest.verify(directory)
+    refused = None
+    if layers:
+        try:
+            data["layers"] = _layers(directory, data)
+        except (MismatchError, MissingPackageError, UnsupportedError) as error:
+            refused = error
     emit(data, as_json, lambda: _render(data))
     if data.get("differs"):
         raise InputError(
@@ -47,6 +56,9 @@ def inspect(
         )
     if verify:
         note(f"{len(manifest.files)} files verified.")
+    if refused is not None:
+        known = "The bindings and the number of layers, above, are known on any machine."
+        raise type(refused)(f"--layers: {refused.cause}", f"{refused.remedy} {known}")
 
 
 def _read_description(directory: Path, kind: str) -> dict[str, Any]:
@@ -68,6 +80,15 @@ def _tensors(directory: Path, files: Mapping[str, Any]) -> Iterator[dict[str, An
                 yield {"name": name, "dtype": dtype, "shape": list(header.shape), "file": file}
 
 
+def _layers(directory: Path, data: Mapping[str, Any]) -> list[str]:
+    if not str(data["description"].get("backend", "")).startswith("tensorrt"):
+        raise InputError(f"{directory}: --layers: not a TensorRT engine.", "Leave --layers out.")
+    from trtx.builder.engine import Engine
+    from trtx.runtime.tensorrt_runner import layers_of
+
+    return layers_of(Engine(directory))
+
+
 def _render(data: dict[str, Any]) -> RenderableType:
     facts = {**data["about"], **data["description"]}
     facts.pop("format", None)
@@ -87,6 +108,8 @@ def _render(data: dict[str, Any]) -> RenderableType:
     parts.append(_files(data["files"]))
     if "tensors" in data:
         parts.append(_tensor_table(data["tensors"]))
+    if "layers" in data:
+        parts += [Text("\nlayers", "bold"), *(Text(f"  {layer}") for layer in data["layers"])]
     return Group(*parts)
 
 

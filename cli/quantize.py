@@ -21,6 +21,8 @@ class FormatChoice(str, Enum):
     """Values of `--format`."""
 
     FP8 = "fp8"
+    FP8_WO = "fp8_wo"
+    FP8_PC_PT = "fp8_pc_pt"
     INT8_SQ = "int8_sq"
     INT4_AWQ = "int4_awq"
     NVFP4 = "nvfp4"
@@ -86,6 +88,8 @@ def quantize(
     \b
                                                  gate (perplexity)
     fp8       E4M3 weights and activations                    +5%
+    fp8_wo    E4M3 weights, a scale a channel                 +5%
+    fp8_pc_pt the same, and activations, a scale a token      +5%
     int8_sq   INT8 weights and activations, SmoothQuant      +10%
     int4_awq  INT4 weights, AWQ                              +25%
     nvfp4     FP4 weights and activations                    +25%

@@ -19,6 +19,7 @@ from trtx.converters.families import find_family
 from trtx.converters.hf_config import read_json_object
 from trtx.converters.prequantized import unquantized
 from trtx.converters.shards import Header
+from trtx.converters.spec import Module
 from trtx.converters.tokenizer_files import copy_tokenizer
 from trtx.quantize.formats import DTYPES, Quantization
 
@@ -26,6 +27,9 @@ STD = 0.02
 """Standard deviation of weights and biases: the usual `initializer_range`."""
 
 NORM_STD = 0.1
+
+_LARGEST_INPUT = 8.0
+"""The largest input that the scales of random quantized linears reach."""
 
 _CONFIG_DTYPES: dict[str, Dtype] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -47,6 +51,38 @@ def random_tensor(
     is_norm = name.endswith("norm.weight")
     mean, std = (1.0, NORM_STD) if is_norm else (0.0, STD)
     return torch.empty(shape, dtype=dtype, device=device).normal_(mean, std, generator=generator)
+
+
+def random_module(
+    module: Module, quantization: Quantization, dtype: torch.dtype, seed: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """What a checkpoint would store for a module with random weights, by suffix.
+
+    A quantized weight is a random one, packed. Scales of a whole tensor are constants, so that linears can be fused, and
+    those of inputs suit values of about 1.
+    """
+    stored, form = quantization.stored(module, dtype), quantization.format_of(module)
+
+    def draw(suffix: str, as_dtype: torch.dtype) -> Tensor:
+        return random_tensor(f"{module.name}.{suffix}", stored[suffix].shape, as_dtype, seed, device)
+
+    if form.name == "none":
+        return {suffix: draw(suffix, tensor.dtype) for suffix, tensor in stored.items()}
+    name = f"{module.name}.weight"
+    packed = form.pack(random_tensor(name, module.shape, dtype, seed, device), quantization.group_size)
+    tensors = {}
+    for suffix, tensor in stored.items():
+        if suffix == "bias":
+            tensors[suffix] = draw(suffix, tensor.dtype)
+        elif suffix in packed and tensor.shape:
+            tensors[suffix] = packed[suffix]
+        elif suffix == "pre_quant_scale":
+            tensors[suffix] = torch.ones(tensor.shape, device=device)
+        else:
+            largest = {"int8_sq": 127.0, "nvfp4": 2688.0}.get(form.name, 448.0)
+            reach = _LARGEST_INPUT if suffix == "input_scale" else 5 * STD
+            tensors[suffix] = torch.tensor(reach / largest, device=device)
+    return tensors
 
 
 class RandomSource:

@@ -96,6 +96,11 @@ class Shards(Headers):
                 view = handle.get_slice(name)
                 self._headers[name] = Header.parse(view.get_dtype(), view.get_shape(), name, file)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files, in the order given."""
+        return list(self._open)
+
     def tensor(self, name: str) -> Tensor:
         """The tensor, mapped from the file (page cache, not process memory). Do not write to it."""
         return self._open[self._headers[name].file].get_tensor(name)

@@ -8,6 +8,9 @@ op sets all ask it. O and I are a linear's output and input features, g the grou
     fp8        weight            e4m3      [O, I]     W = weight * weight_scale
                weight_scale      f32       []
                input_scale       f32       []         x ≈ e4m3(clamp(x / input_scale, ±448)) * input_scale
+    fp8_wo     weight            e4m3      [O, I]     W = weight * weight_scale[:, None]
+               weight_scale      f32       [O]
+    fp8_pc_pt  as fp8_wo, and                         per token: s = max|x| / 448; x ≈ e4m3(x / s) * s
     int8_wo    weight            int8      [O, I]     W = weight * weight_scale[:, None]
                weight_scale      f32       [O]
     int8_sq    as int8_wo, and
@@ -180,19 +183,46 @@ class FP8(Format):
         return round_e4m3(x, tensors["input_scale"])
 
 
-class Int8WeightOnly(Format):
-    """INT8 weights per output channel."""
+class PerChannel(Format):
+    """Weights of 8 bits, with a scale for each output channel."""
 
-    name, bits, summary = "int8_wo", 8, "INT8 weight-only, per-channel scales"
+    bits = 8
+    codes: torch.dtype
 
     def stored(self, out: int, into: int, group_size: int, dtype: torch.dtype) -> dict[str, Stored]:
         return {
-            "weight": Stored(torch.int8, (out, into), rows=1, columns=1),
+            "weight": Stored(self.codes, (out, into), rows=1, columns=1),
             "weight_scale": Stored(torch.float32, (out,), rows=1),
         }
 
     def weight(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return (tensors["weight"].float() * tensors["weight_scale"][:, None]).to(dtype)
+
+
+class FP8WeightOnly(PerChannel):
+    """FP8 E4M3 weights per output channel (W8A16)."""
+
+    name, codes, summary = "fp8_wo", E4M3, "E4M3 weight-only, per-channel scales"
+
+    def pack(self, weight: Tensor, group_size: int) -> dict[str, Tensor]:
+        scale = _step(weight.float().abs().amax(1), E4M3_MAX)
+        return {"weight": to_e4m3(weight, scale[:, None]), "weight_scale": scale}
+
+
+class FP8PerToken(FP8WeightOnly):
+    """FP8 E4M3 weights per output channel; activations with a scale a token, taken from the token (W8A8)."""
+
+    name, summary = "fp8_pc_pt", "E4M3 weights per channel, E4M3 activations per token"
+
+    def activation(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True).float()
+        return round_e4m3(x, _step(largest, E4M3_MAX))
+
+
+class Int8WeightOnly(PerChannel):
+    """INT8 weights per output channel."""
+
+    name, codes, summary = "int8_wo", torch.int8, "INT8 weight-only, per-channel scales"
 
     def pack(self, weight: Tensor, group_size: int) -> dict[str, Tensor]:
         scale = _step(weight.float().abs().amax(1), 127)
@@ -202,7 +232,7 @@ class Int8WeightOnly(Format):
 class Int8SmoothQuant(Int8WeightOnly):
     """INT8 weights per output channel and activations per tensor, smoothed (Xiao et al. 2022, arXiv:2211.10438)."""
 
-    name, bits, summary = "int8_sq", 8, "INT8 SmoothQuant: per-channel weights, per-tensor activations"
+    name, summary = "int8_sq", "INT8 SmoothQuant: per-channel weights, per-tensor activations"
     input_tensors = ("pre_quant_scale", "input_scale")
 
     def stored(self, out: int, into: int, group_size: int, dtype: torch.dtype) -> dict[str, Stored]:
@@ -362,8 +392,8 @@ class MXFP8(Format):
 FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
-        Dense(), FP8(), Int8WeightOnly(), Int8SmoothQuant(), Int4AWQ(), W4A8AWQ(), NVFP4WeightOnly(), NVFP4(), MXFP4(),
-        MXFP8(),
+        Dense(), FP8(), FP8WeightOnly(), FP8PerToken(), Int8WeightOnly(), Int8SmoothQuant(), Int4AWQ(), W4A8AWQ(),
+        NVFP4WeightOnly(), NVFP4(), MXFP4(), MXFP8(),
     )
 }  # fmt: skip
 

@@ -166,6 +166,8 @@ def _positive(scale: Tensor | None) -> bool:
 def _config(quantization: Quantization) -> dict[str, Any]:
     """ModelOpt's configuration: the quantizers of weights, inputs and the KV cache, and the algorithm."""
     fp8 = {"num_bits": (4, 3), "axis": None}
+    fp8_rows = {**fp8, "axis": 0}
+    fp8_tokens = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
     int8 = {"num_bits": 8, "axis": None}
     int4 = {"num_bits": 4, "block_sizes": {-1: quantization.group_size, "type": "static"}}
     nvfp4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
@@ -175,6 +177,8 @@ def _config(quantization: Quantization) -> dict[str, Any]:
     weights, inputs, algorithm = {
         "none": (None, None, "max"),
         "fp8": (fp8, fp8, "max"),
+        "fp8_wo": (fp8_rows, None, "max"),
+        "fp8_pc_pt": (fp8_rows, fp8_tokens, "max"),
         "int8_sq": ({**int8, "axis": 0}, int8, smoothquant),
         "int4_awq": (int4, None, awq),
         "nvfp4": (nvfp4, nvfp4, "max"),

@@ -32,9 +32,11 @@ from trtx.quantize.quality import Comparison, compare
 from trtx.runtime.weights import WeightStore
 
 QUALITY = "quality.json"
-MAX_PPL_INCREASE = {"none": 2.0, "fp8": 5.0, "int8_sq": 10.0, "int4_awq": 25.0, "nvfp4": 25.0}
+MAX_PPL_INCREASE = {
+    "none": 2.0, "fp8": 5.0, "fp8_wo": 5.0, "fp8_pc_pt": 5.0, "int8_sq": 10.0, "int4_awq": 25.0, "nvfp4": 25.0,
+}  # fmt: skip
 """The formats that `quantize` makes, and the gate where none is given: the most that the perplexity may rise, in
-percent. Set so that fp8 and int8_sq pass on SmolLM2-135M, the hardest model tried."""
+percent. Set so that all of fp8 and int8_sq pass on SmolLM2-135M, the hardest model tried."""
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 """Given what is done, how much of it there is and its unit, a context that yields `advance(count)`."""

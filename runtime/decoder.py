@@ -35,7 +35,7 @@ class Decoder:
             else:
                 self.top[name] = weight
         for index, found in enumerate(self.layers):
-            _gather_mlps(spec, found, index)
+            _gather_mlps(spec, found, index, ops)
         self.heads = [_heads(spec, found, index) for index, found in enumerate(self.layers)]
 
     def forward(self, step: Step) -> Value:
@@ -166,7 +166,7 @@ def _heads(spec: ModelSpec, layer: _Weights, index: int) -> Heads:
     )
 
 
-def _gather_mlps(spec: ModelSpec, layer: _Weights, index: int) -> None:
+def _gather_mlps(spec: ModelSpec, layer: _Weights, index: int, ops: Ops) -> None:
     """Make one value of the weights of each MLP and expert of a layer."""
 
     def take(name: str) -> Mlp:
@@ -175,6 +175,6 @@ def _gather_mlps(spec: ModelSpec, layer: _Weights, index: int) -> None:
     if spec.moe is None or not spec.has_experts(index):
         layer["mlp"] = take("mlp")
         return
-    layer["mlp.experts"] = tuple(take(f"mlp.experts.{expert}") for expert in range(spec.moe.experts))
+    layer["mlp.experts"] = ops.load_experts([take(f"mlp.experts.{expert}") for expert in range(spec.moe.experts)])
     if spec.moe.shared_size:
         layer["mlp.shared"] = take("mlp.shared")

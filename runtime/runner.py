@@ -65,6 +65,10 @@ def runner_of(engine: Engine, device: str | None, advance: Callable[[int], None]
     """The runner of an engine's backend; see `TorchRunner` for arguments and errors."""
     if engine.config.backend == "torch":
         return TorchRunner(engine, device, advance)
+    if engine.config.backend == "cuda":
+        from trtx.runtime.cuda.runner import CudaRunner
+
+        return CudaRunner(engine, device, advance)
     from trtx.runtime.tensorrt_runner import open_runner
 
     return open_runner(engine, device)

@@ -6,6 +6,7 @@ GPU or, in tests, an interpreter of the network.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trtx.builder.engine import Engine, EngineConfig
+from trtx.builder.tensorrt.caches import RuntimeCache
 from trtx.builder.tensorrt.library import FLAVORS, load, messages, refusal
 from trtx.builder.tensorrt.plan import LOGITS, Bounds, cache_names, profiles
 from trtx.converters.errors import MismatchError, UnsupportedError
@@ -96,6 +98,43 @@ def _require_match(engine: Engine, device: torch.device) -> None:
         )
 
 
+def kept_kernels(engine: Engine, gpu: str) -> RuntimeCache | None:
+    """What was compiled for a plan when it ran before, on a GPU of that name; None where plans hold all they need."""
+    flavor = FLAVORS[engine.config.backend]
+    if not hasattr(load(flavor), "IRuntimeCache"):
+        return None
+    name = str(engine.plan.relative_to(engine.path))
+    return RuntimeCache(flavor, gpu, engine.manifest.files[name]["xxh3"])
+
+
+def layers_of(engine: Engine, device: str | None = None) -> list[str]:
+    """What TensorRT made of the network: a line for each layer of rank 0's plan.
+
+    Raises:
+        MissingPackageError, MismatchError: the plan can't be loaded on this machine.
+    """
+    flavor = FLAVORS[engine.config.backend]
+    trt = load(flavor)
+    target = device_of(engine, device)
+    _require_match(engine, target)
+    with torch.cuda.device(target):
+        runtime = trt.Runtime(messages(flavor).logger)
+        plan = _deserialized(engine, runtime)
+        inspector = plan.create_engine_inspector()
+        form = trt.LayerInformationFormat.ONELINE
+        return [inspector.get_layer_information(index, form).strip() for index in range(plan.num_layers)]
+
+
+def _deserialized(engine: Engine, runtime: Any) -> Any:
+    """Rank 0's plan as an `ICudaEngine`."""
+    said = messages(FLAVORS[engine.config.backend])
+    said.take()
+    plan = runtime.deserialize_cuda_engine(engine.plan.read_bytes())
+    if plan is None:
+        raise refusal(f"to load {engine.plan}", said.take())
+    return plan
+
+
 class GpuPlan:
     """A plan on a GPU: one engine, a context for each profile, caches bound in place.
 
@@ -110,19 +149,25 @@ class GpuPlan:
         self._device, self._vocab = device, spec.vocab_size
         with torch.cuda.device(device):
             self._runtime = trt.Runtime(said.logger)
-            said.take()
-            self._engine = self._runtime.deserialize_cuda_engine(engine.plan.read_bytes())
-            if self._engine is None:
-                raise refusal(f"to load {engine.plan}", said.take())
-            self._contexts = [self._context(index) for index in range(len(profiles(bounds_of(config))))]
+            self._engine = _deserialized(engine, self._runtime)
+            kept = kept_kernels(engine, torch.cuda.get_device_name(device))
+            self._contexts = [self._context(index, kept) for index in range(len(profiles(bounds_of(config))))]
+        if kept is not None:
+            self._kept = kept  # behind the contexts: attributes go in their order
+            weakref.finalize(self, kept.save)  # before they go, or when Python ends
         shape = (limits.max_batch_size, spec.num_kv_heads, limits.max_seq_len, spec.head_dim)
         dtype = DTYPES[config.compute_dtype]
         pairs = [pair for layer in range(spec.num_layers) for pair in cache_names(layer)]
         self._caches = {pair: torch.zeros(shape, dtype=dtype, device=device) for pair in pairs}
         self._said = said
 
-    def _context(self, profile: int) -> Any:
-        context = self._engine.create_execution_context()
+    def _context(self, profile: int, kept: RuntimeCache | None) -> Any:
+        if kept is None:
+            context = self._engine.create_execution_context()
+        else:
+            runtime = self._engine.create_runtime_config()
+            kept.attach(runtime)
+            context = self._engine.create_execution_context(runtime)
         context.set_optimization_profile_async(profile, torch.cuda.current_stream(self._device).cuda_stream)
         return context
 

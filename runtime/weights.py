@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trtx.builder.engine import Engine
+from trtx.builder.shard import Rank
 from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
-from trtx.converters.random_weights import random_tensor
+from trtx.converters.random_weights import random_module
 from trtx.converters.spec import FUSIONS, Kind, ModelSpec, Module
 from trtx.quantize.formats import DTYPES, Stored
 from trtx.quantize.weight import LinearWeight, fuse
@@ -49,13 +51,34 @@ class WeightStore:
     @classmethod
     def of_seed(cls, model: CheckpointConfig, seed: int, device: torch.device) -> WeightStore:
         """Random tensors, drawn when they are asked for."""
+        modules = {module.name: module for module in model.spec.modules()}
         expected = model.expected()
 
+        @lru_cache(maxsize=1)
+        def drawn(name: str) -> dict[str, Tensor]:
+            return random_module(modules[name], model.quantization, DTYPES[model.dtype], seed, device)
+
         def generate(name: str) -> Tensor:
-            stored = expected[name]
-            return random_tensor(name, stored.shape, stored.dtype, seed, str(device))
+            owner, _, suffix = name.rpartition(".")
+            return drawn(owner)[suffix] if owner in modules else torch.ones((), device=device)  # scales of the KV cache
 
         return cls(model, generate, expected.__contains__)
+
+    def of_rank(self, rank: Rank) -> WeightStore:
+        """What one tensor-parallel rank holds: parts of the tensors under the same names. Nothing may be fused yet."""
+        if rank.tp == 1:
+            return self
+        known = {
+            f"{module.name}.{suffix}": (module, suffix, stored)
+            for module in self.config.spec.modules()
+            for suffix, stored in self.stored(module).items()
+        }
+
+        def part(name: str) -> Tensor:
+            tensor = self.tensor(name)
+            return rank.cut(*known[name], tensor) if name in known else tensor  # scales of the KV cache are whole
+
+        return WeightStore(replace(self.config, spec=rank.part), part, self.has)
 
     def stored(self, module: Module) -> dict[str, Stored]:
         """What is stored for a module, by suffix."""

@@ -6,6 +6,7 @@
     ops.py        the op set: the decoder's vocabulary in layers
     modes.py      which format runs on which GPU, and why not
     plan.py       network, profiles and options to a serialized engine
+    caches.py     what TensorRT measures and compiles on a GPU, kept between runs
 
 Nothing here is imported before a command needs it, and trtx works without either module.
 """

@@ -5,7 +5,8 @@ slot of max_seq_len for each sequence. What TensorRT takes for activations is kn
 the GPU; the ledger's figure is an estimate: the widest layer's inputs and outputs, queries padded to the longest chunk,
 and the scores of all heads where they are spelt out in layers.
 
-Building holds the weights once more in TensorRT, and the plan: about three times the plan's size at the peak.
+Building holds the weights once more in TensorRT, and the plan: about three times the plan's size at the peak. Ranks are
+built one after the other.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from trtx.builder.backend import Backend
 from trtx.builder.cost import ITEMSIZE
-from trtx.builder.shard import Shard
+from trtx.builder.engine import ParallelMapping
+from trtx.builder.shard import Rank, Shard
 from trtx.builder.sizing import Sizing
-from trtx.builder.tensorrt.library import Flavor, load
+from trtx.builder.tensorrt.caches import TimingCache
+from trtx.builder.tensorrt.library import Flavor, load, targets
 from trtx.converters.spec import Kind
 from trtx.quantize.formats import DTYPES
 from trtx.runtime.kv_layout import KVLayout
@@ -31,11 +34,14 @@ _MIB = 1 << 20
 CONTEXT = 512 * _MIB
 """CUDA context and TensorRT's runtime."""
 
+EXPERT_LAYERS = ("10.0", "10.3")
+"""Compute capabilities for which `tensorrt` has a layer of experts, by its header (not tried)."""
+
 
 class TensorRTBackend(Backend):
     """A network of native layers, compiled for one compute capability."""
 
-    devices, compiles, padding_blocks = ("cuda",), True, 0
+    devices, compiles, fp8_attention, padding_blocks = ("cuda",), True, True, 0
 
     def __init__(self, flavor: Flavor) -> None:
         self.flavor = flavor
@@ -46,27 +52,56 @@ class TensorRTBackend(Backend):
         from trtx.builder.tensorrt.ops import require_model
 
         load(self.flavor)
-        require_model(sizing.model.spec, DTYPES[sizing.compute_dtype])
+        require_model(sizing.model.spec, DTYPES[sizing.compute_dtype], sizing.fp8_attention)
         assert sizing.target.gpu is not None
-        form = sizing.model.quantization.format
-        require(self.flavor, sizing.target.gpu.sm, form, sizing.compute_dtype, sizing.kv_dtype)
+        form, sm = sizing.model.quantization.format, sizing.target.gpu.sm
+        require(self.flavor, sm, form, sizing.compute_dtype, sizing.kv_dtype, sizing.fp8_attention)
         return replace(sizing, kv_block_size=sizing.max_seq_len)
+
+    def obstacle(self, mapping: ParallelMapping) -> str:
+        return "TensorRT engines have no pipeline stages" if mapping.pp > 1 else ""
 
     def versions(self) -> dict[str, str]:
         return {self.flavor.module: load(self.flavor).__version__}
 
     def compile(self, store: WeightStore, sizing: Sizing, draft: Draft, advance: Callable[[int], None]) -> None:
+        ranks = [Rank(store.config.spec, sizing.mapping.tp, index) for index in range(sizing.mapping.tp)]
+        for rank in ranks:
+            self._compile_rank(rank, store, sizing, draft, lambda count: advance(count // len(ranks)))
+
+    def _compile_rank(
+        self, rank: Rank, store: WeightStore, sizing: Sizing, draft: Draft, advance: Callable[[int], None]
+    ) -> None:
         from trtx.builder.engine import PLAN
         from trtx.builder.tensorrt.plan import Bounds, network, serialize
 
         assert sizing.target.gpu is not None
         bounds = Bounds(sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len)
-        net = network(store, self.flavor, DTYPES[sizing.compute_dtype], bounds, advance)
-        plan = serialize(net, store.config.spec, bounds, sizing.target.gpu.sm, store.config.bytes, advance)
-        draft.describe(network_layers=net.definition.num_layers, bindings=net.bindings())
-        folder = draft.path / "rank0"
+        dtype, sm = DTYPES[sizing.compute_dtype], sizing.target.gpu.sm
+        net = network(
+            store,
+            self.flavor,
+            dtype,
+            bounds,
+            advance,
+            rank,
+            fp8_attention=sizing.fp8_attention,
+            expert_layers=self.flavor.backend == "tensorrt" and sm in EXPERT_LAYERS,
+        )
+        plan = serialize(net, rank.part, bounds, sm, store.config.bytes, advance, self._timings())
+        if rank.index == 0:
+            draft.describe(network_layers=net.definition.num_layers, bindings=net.bindings())
+        folder = draft.path / f"rank{rank.index}"
         folder.mkdir()
         (folder / PLAN).write_bytes(plan)
+
+    def _timings(self) -> TimingCache | None:
+        """Of the GPU that is here, where TensorRT builds for no other."""
+        import torch
+
+        if targets(self.flavor) or not torch.cuda.is_available():
+            return None
+        return TimingCache(self.flavor, torch.cuda.get_device_name())
 
     def kv_layout(self, sizing: Sizing, shard: Shard) -> KVLayout:
         spec, heads = shard.spec, shard.spec.num_kv_heads // shard.mapping.tp

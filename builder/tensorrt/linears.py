@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from trtx.builder.tensorrt.network import Network, Value
-from trtx.quantize.formats import E4M3
+from trtx.quantize.formats import E4M3, E4M3_MAX
 from trtx.quantize.weight import LinearWeight
+
+_LEAST = 2.0**-100
+"""Far below any activation."""
 
 
 class Linear:
@@ -30,15 +33,19 @@ class Linear:
         self.dtype = dtype
         self.rows = weight.rows
         self.tensors = weight.tensors
-        self._weight, self._input = _FORMATS[weight.format.name]
+        self._weight, self._product = _FORMATS[weight.format.name]
 
     def __call__(self, x: Value) -> Value:
         """[T, I] → [T, O]."""
         with self.net.scope(self.name):
-            y = self.net.matmul(self._input(self, x), self._weight(self), transposed=True)
+            y = self._product(self, x)
             if "bias" not in self.tensors:
                 return y
             return self.net.binary(y, self.constant("bias", self.tensors["bias"].to(self.dtype)[None]), "SUM")
+
+    def times_weight(self, x: Value) -> Value:
+        """x @ Wᵀ, x being in the network's dtype."""
+        return self.net.matmul(x, self._weight(self), transposed=True)
 
     def constant(self, suffix: str, tensor: Tensor, dtype: Any = None, shape: tuple[int, ...] | None = None) -> Value:
         """One of its tensors."""
@@ -59,8 +66,8 @@ class Linear:
         return self.net.dequantize(self.net.quantize(x, scale, dtype), scale, self.dtype)
 
 
-def _as_is(linear: Linear, x: Value) -> Value:
-    return x
+def _times_weight(linear: Linear, x: Value) -> Value:
+    return linear.times_weight(x)
 
 
 def _dense(linear: Linear) -> Value:
@@ -72,17 +79,35 @@ def _fp8(linear: Linear) -> Value:
     return linear.net.dequantize(weight, linear.scale("weight_scale"), linear.dtype)
 
 
-def _fp8_input(linear: Linear, x: Value) -> Value:
-    return linear.rounded(x, E4M3)
+def _fp8_product(linear: Linear, x: Value) -> Value:
+    return linear.times_weight(linear.rounded(x, E4M3))
 
 
-def _int8(linear: Linear) -> Value:
+def _per_channel(linear: Linear) -> Value:
     weight = linear.constant("weight", linear.tensors["weight"])
     return linear.net.dequantize(weight, linear.scale("weight_scale"), linear.dtype, axis=0)
 
 
-def _int8_input(linear: Linear, x: Value) -> Value:
-    return linear.rounded(linear.smoothed(x), torch.int8)
+def _per_token_product(linear: Linear, x: Value) -> Value:
+    """Tokens are brought to one range, rounded with one scale, multiplied, and brought back.
+
+    TensorRT compiles no quantize layer whose scales are computed. A power of two as the scale leaves the codes what
+    they are, and products within what fp16 holds: no input is beyond 448 / 512.
+    """
+    net = linear.net
+    exact = net.cast(x, torch.float32)
+    largest = net.largest_size(exact)
+    some = net.binary(largest, net.number(_LEAST, largest), "MAX")  # a token of zeros: divided by something
+    step = net.binary(some, net.number(E4M3_MAX, some), "DIV")
+    range_ = net.binary(step, net.number(512.0, step), "PROD")
+    scale = linear.constant("unit_scale", torch.tensor(1 / 512))
+    codes = net.quantize(net.binary(exact, range_, "DIV"), scale, E4M3)
+    y = linear.times_weight(net.dequantize(codes, scale, linear.dtype))
+    return net.cast(net.binary(net.cast(y, torch.float32), range_, "PROD"), linear.dtype)
+
+
+def _int8_product(linear: Linear, x: Value) -> Value:
+    return linear.times_weight(linear.rounded(linear.smoothed(x), torch.int8))
 
 
 def _int4(linear: Linear) -> Value:
@@ -99,8 +124,8 @@ def _int4_in(linear: Linear, dtype: torch.dtype) -> Value:
     return linear.net.dequantize(weight, scale, dtype)
 
 
-def _int4_input(linear: Linear, x: Value) -> Value:
-    return linear.net.cast(linear.smoothed(x), linear.dtype)
+def _int4_product(linear: Linear, x: Value) -> Value:
+    return linear.times_weight(linear.net.cast(linear.smoothed(x), linear.dtype))
 
 
 def _w4a8(linear: Linear) -> Value:
@@ -109,8 +134,8 @@ def _w4a8(linear: Linear) -> Value:
     return linear.net.dequantize(codes, scale, linear.dtype)
 
 
-def _w4a8_input(linear: Linear, x: Value) -> Value:
-    return linear.rounded(linear.smoothed(x), E4M3)
+def _w4a8_product(linear: Linear, x: Value) -> Value:
+    return linear.times_weight(linear.rounded(linear.smoothed(x), E4M3))
 
 
 def _fp4(linear: Linear) -> Value:
@@ -124,11 +149,11 @@ def _nvfp4(linear: Linear) -> Value:
     return linear.net.dequantize(_fp4(linear), scale, linear.dtype)
 
 
-def _nvfp4_input(linear: Linear, x: Value) -> Value:
+def _nvfp4_product(linear: Linear, x: Value) -> Value:
     whole = linear.scale("input_scale")
     codes, blocks = linear.net.quantize_blocks(x, whole)
     scale = linear.net.dequantize(blocks, whole, linear.dtype)
-    return linear.net.dequantize(codes, scale, linear.dtype)
+    return linear.times_weight(linear.net.dequantize(codes, scale, linear.dtype))
 
 
 def _powers(linear: Linear) -> Value:
@@ -145,21 +170,23 @@ def _mxfp8(linear: Linear) -> Value:
     return linear.net.dequantize(weight, _powers(linear), linear.dtype)
 
 
-def _mxfp8_input(linear: Linear, x: Value) -> Value:
+def _mxfp8_product(linear: Linear, x: Value) -> Value:
     codes, scales = linear.net.quantize_powers(x)
-    return linear.net.dequantize(codes, scales, linear.dtype)
+    return linear.times_weight(linear.net.dequantize(codes, scales, linear.dtype))
 
 
 _FORMATS: dict[str, tuple[Callable[[Linear], Value], Callable[[Linear, Value], Value]]] = {
-    "none": (_dense, _as_is),
-    "fp8": (_fp8, _fp8_input),
-    "int8_wo": (_int8, _as_is),
-    "int8_sq": (_int8, _int8_input),
-    "int4_awq": (_int4, _int4_input),
-    "w4a8_awq": (_w4a8, _w4a8_input),
-    "nvfp4_wo": (_nvfp4, _as_is),
-    "nvfp4": (_nvfp4, _nvfp4_input),
-    "mxfp4": (_mxfp4, _as_is),
-    "mxfp8": (_mxfp8, _mxfp8_input),
+    "none": (_dense, _times_weight),
+    "fp8": (_fp8, _fp8_product),
+    "fp8_wo": (_per_channel, _times_weight),
+    "fp8_pc_pt": (_per_channel, _per_token_product),
+    "int8_wo": (_per_channel, _times_weight),
+    "int8_sq": (_per_channel, _int8_product),
+    "int4_awq": (_int4, _int4_product),
+    "w4a8_awq": (_w4a8, _w4a8_product),
+    "nvfp4_wo": (_nvfp4, _times_weight),
+    "nvfp4": (_nvfp4, _nvfp4_product),
+    "mxfp4": (_mxfp4, _times_weight),
+    "mxfp8": (_mxfp8, _mxfp8_product),
 }
-"""By the name of a format: its weight [O, I], and what it does to the input, in the dtype of the network."""
+"""By the name of a format: its weight [O, I], and the product of an input with it, in the dtype of the network."""

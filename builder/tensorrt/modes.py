@@ -19,6 +19,7 @@ TARGETS = {
 }
 """Compute capabilities by backend."""
 
+_FP8_ATTENTION = "fp8 attention"
 _INT8 = "8.0", "INT8 products need an Ampere GPU or newer"
 _INT4 = "8.0", "INT4 weights need an Ampere GPU or newer"
 _FP8 = "8.9", "FP8 needs an Ada GPU or newer"
@@ -28,10 +29,11 @@ _SINCE = {
     "bf16": ("8.0", "bf16 needs an Ampere GPU or newer"),
     "none": ("7.5", "TensorRT needs a Turing GPU or newer"),
     "int8_wo": _INT8, "int8_sq": _INT8, "int4_awq": _INT4,
-    "fp8": _FP8, "mxfp8": _FP8, "w4a8_awq": _FP8,
+    "fp8": _FP8, "fp8_wo": _FP8, "fp8_pc_pt": _FP8, "mxfp8": _FP8, "w4a8_awq": _FP8,
     "nvfp4": _FP4, "nvfp4_wo": _FP4, "mxfp4": _FP4,
+    _FP8_ATTENTION: _FP8,
 }  # fmt: skip
-"""By compute dtype or format: the first compute capability that has it, and why older ones don't."""
+"""By compute dtype, format or 'fp8 attention': the first compute capability that has it, and why older ones don't."""
 
 _DTYPES = ("fp32", "fp16", "bf16")
 _CACHE = "TensorRT's cache update takes no 8-bit types"
@@ -42,7 +44,7 @@ class Mode:
     """A row of the table.
 
     Attributes:
-        name: of a compute dtype, a weight format or 'fp8 KV cache'.
+        name: of a compute dtype, a weight format, 'fp8 attention' or 'fp8 KV cache'.
         refusals: why not, by compute capability; '' where it builds.
     """
 
@@ -50,7 +52,7 @@ class Mode:
     refusals: dict[str, str]
 
 
-def require(flavor: Flavor, sm: str, form: str, dtype: str, kv_dtype: str) -> None:
+def require(flavor: Flavor, sm: str, form: str, dtype: str, kv_dtype: str, fp8_attention: bool = False) -> None:
     """Make sure that TensorRT can build a model, before anything large is read.
 
     Args:
@@ -67,12 +69,15 @@ def require(flavor: Flavor, sm: str, form: str, dtype: str, kv_dtype: str) -> No
             f"this one has {sm}.",
             "Use --backend torch, or another --gpu.",
         )
-    for what, hint in (
-        (dtype, "Use another --dtype or --gpu."),
-        (form, "Use another --gpu, a checkpoint in another format, or --backend torch."),
-    ):
+    wanted = {
+        dtype: "Use another --dtype or --gpu.",
+        form: "Use another --gpu, a checkpoint in another format, or --backend torch.",
+    }
+    if fp8_attention:
+        wanted[_FP8_ATTENTION] = "Leave out --attention fp8, or use another --gpu."
+    for what, hint in wanted.items():
         if reason := refusal_of(flavor, sm, what):
-            name = what if what in _DTYPES else f"format {what}"
+            name = f"format {what}" if what in FORMATS else what
             raise UnsupportedError(f"--backend {flavor.backend}: {name} on compute capability {sm}: {reason}.", hint)
     if kv_dtype != dtype:
         reason = _CACHE if kv_dtype == "fp8" else "keys and values stay in the compute dtype"
@@ -83,7 +88,7 @@ def require(flavor: Flavor, sm: str, form: str, dtype: str, kv_dtype: str) -> No
 
 
 def refusal_of(flavor: Flavor, sm: str, mode: str) -> str:
-    """Why a GPU has no such compute dtype or format; '' where it has."""
+    """Why a GPU has no such compute dtype, format or 'fp8 attention'; '' where it has."""
     if mode == "fp32":
         is_turing = flavor.backend == "tensorrt-rtx" and sm == "7.5"
         return "TensorRT-RTX has no fp32 products for Turing" if is_turing else ""
@@ -92,9 +97,9 @@ def refusal_of(flavor: Flavor, sm: str, mode: str) -> str:
 
 
 def table(flavor: Flavor) -> list[Mode]:
-    """All compute dtypes and formats on all GPUs."""
+    """All compute dtypes, formats and attention in FP8 on all GPUs."""
     targets = TARGETS[flavor.backend]
-    modes = [*_DTYPES, *(name for name in FORMATS if name != "none")]
+    modes = [*_DTYPES, *(name for name in FORMATS if name != "none"), _FP8_ATTENTION]
     rows = [Mode(mode, {sm: refusal_of(flavor, sm, mode) for sm in targets}) for mode in modes]
     return [*rows, Mode("fp8 KV cache", dict.fromkeys(targets, _CACHE))]
 

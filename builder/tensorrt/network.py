@@ -155,6 +155,12 @@ class Network:
         axes = 1 << (len(x.shape) - 1)
         return self._finish(self.definition.add_reduce(x, self.trt.ReduceOperation.AVG, axes, True), "mean")
 
+    def largest_size(self, x: Value) -> Value:
+        """The largest magnitude in the last dimension, which stays as 1."""
+        axes = 1 << (len(x.shape) - 1)
+        sizes = self.unary(x, "ABS")
+        return self._finish(self.definition.add_reduce(sizes, self.trt.ReduceOperation.MAX, axes, True), "largest")
+
     def total(self, x: Value, dimension: int, keep: bool = False) -> Value:
         """The sum over a dimension."""
         layer = self.definition.add_reduce(x, self.trt.ReduceOperation.SUM, 1 << dimension, keep)
@@ -209,12 +215,15 @@ class Network:
         layer.update_lengths = starts
         return self._finish(layer, "kv_cache_update")
 
-    def attention(self, q: Value, k: Value, v: Value, lengths: Value, mask: Value | None = None) -> Value:
+    def attention(
+        self, q: Value, k: Value, v: Value, lengths: Value, mask: Value | None = None, step: Value | None = None
+    ) -> Value:
         """Scaled queries [B, N, Q, D] on keys and values [B, M, S, D]: causal, rows at the end, or as `mask` says.
 
         Args:
             lengths: [B] int32, keys that count.
             mask: [B or 1, N or 1, Q, S]: bool (true: attend) or added.
+            step: if given, probabilities are rounded to E4M3 with this scale.
         """
         kinds = self.trt.CausalMaskKind
         kind = kinds.LOWER_RIGHT if mask is None else kinds.NONE
@@ -224,7 +233,40 @@ class Network:
             layer.key_value_lengths = lengths
             if mask is not None:
                 layer.mask = mask
+            if step is not None:
+                layer.normalization_quantize_to_type = self.trt.fp8
+                layer.normalization_quantize_scale = step
         return self._finish(layer, "attention")
+
+    def experts(
+        self, x: Value, chosen: Value, scores: Value, weights: Sequence[Value], biases: Sequence[Value]
+    ) -> Value:
+        """Gated SiLU experts: each token's top ones weighted by its scores and summed.
+
+        Args:
+            x: [B, S, H].
+            chosen: [B, S, top_k] int32.
+            scores: [B, S, top_k] in x's dtype.
+            weights: of gate and up [experts, H, I], of down [experts, I, H].
+            biases: [experts, I] twice and [experts, H], or none.
+        """
+        layer = self.definition.add_moe(x, chosen, scores)
+        if layer is not None:
+            layer.set_gated_weights(*weights, self.trt.MoEActType.SILU)
+            if biases:
+                layer.set_gated_biases(*biases)
+        return self._finish(layer, "moe")
+
+    def collective(self, x: Value, operation: str, ranks: int) -> Value:
+        """ALL_REDUCE: the sum over ranks 0 … ranks - 1; ALL_GATHER: what they hold, along the first dimension."""
+        trt, kinds = self.trt, self.trt.ReduceOperation
+        kind = kinds.SUM if operation == "ALL_REDUCE" else kinds.NONE
+        groups = list(range(ranks))
+        layer = self.definition.add_dist_collective(x, getattr(trt.CollectiveOperation, operation), kind, -1, groups)
+        if layer is not None:
+            layer.num_ranks = ranks
+            layer.metadata = f"{operation} {groups}"  # neither can be read back
+        return self._finish(layer, operation.lower())
 
     def quantize(self, x: Value, scale: Value, dtype: torch.dtype, axis: int | None = None) -> Value:
         """x / scale, rounded and cut to a type."""

@@ -8,6 +8,9 @@ norms and cache updates work on packed tokens. For attention, queries are gather
 
 Causal attention is TensorRT's own (LOWER_RIGHT, with each sequence's length); windows, chunks and ALiBi are given as a
 mask; soft caps and sinks are spelt out in plain layers. A slot without a sequence has no tokens and a length of 1.
+
+Attention in FP8 rounds its four operands to E4M3: q with a scale of 1 before it is multiplied by the attention's own,
+k and v with those of an fp8 KV cache (the cache itself stays as it is), probabilities with 1/448.
 """
 
 from __future__ import annotations
@@ -18,16 +21,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trtx.builder.shard import Rank
 from trtx.builder.tensorrt.linears import Linear
 from trtx.builder.tensorrt.network import Network, Value
 from trtx.converters.errors import UnsupportedError
 from trtx.converters.spec import Activation, ModelSpec, MoE, Norm, Rope
+from trtx.quantize.formats import E4M3, E4M3_MAX
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.ops.base import Mlp, Ops
 from trtx.runtime.ops.rotary import frequencies_for
 from trtx.runtime.ops.torch_attention import alibi_bias
 
 _ACTIVATIONS = {"gelu": "GELU_ERF", "gelu_tanh": "GELU_TANH", "relu": "RELU"}
+
+
+FP8_HEAD = 16
+"""The least features of a head for which TensorRT-RTX 1.7 compiles attention in FP8."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,12 @@ def spells_out(spec: ModelSpec) -> bool:
     return spec.sinks or spec.attention_softcap is not None
 
 
-def require_model(spec: ModelSpec, dtype: torch.dtype) -> None:
+def require_model(spec: ModelSpec, dtype: torch.dtype, fp8_attention: bool = False) -> None:
     """Refuse what has no layers here, or none that TensorRT compiles.
 
     Raises:
-        UnsupportedError: latent attention, experts chosen in a way that is not spelt out, or heads of an odd size.
+        UnsupportedError: latent attention, experts chosen in a way that is not spelt out, or heads of an odd size;
+            attention in FP8 of a kind that has none.
     """
     odd = spec.head_dim % 8 and dtype != torch.float32 and not spells_out(spec)
     reasons = {
@@ -88,22 +98,43 @@ def require_model(spec: ModelSpec, dtype: torch.dtype) -> None:
             raise UnsupportedError(
                 f"The TensorRT backends do not build {spec.family}: it has {reason}.", "Use --backend torch."
             )
+    if fp8_attention and (spells_out(spec) or spec.head_dim < FP8_HEAD):
+        reason = (
+            "soft caps or sinks, which TensorRT's own attention lacks"
+            if spells_out(spec)
+            else f"heads of {spec.head_dim} features, where TensorRT's takes {FP8_HEAD} and more in FP8"
+        )
+        raise UnsupportedError(f"--attention fp8: {spec.family} has {reason}.", "Leave it out.")
 
 
 class TensorRTOps(Ops):
     """Adds layers to `net`.
 
     Args:
+        rank: whose network it is.
         dtype: what the network computes in.
         max_positions: the longest sequence that will come.
+        fp8_attention: per layer the (key, value) scales of attention in FP8; None: it is in `dtype`.
+        expert_layers: the GPU has TensorRT's own layer for experts.
     """
 
-    def __init__(self, net: Network, spec: ModelSpec, dtype: torch.dtype, max_positions: int) -> None:
-        require_model(spec, dtype)
+    def __init__(
+        self,
+        net: Network,
+        rank: Rank,
+        dtype: torch.dtype,
+        max_positions: int,
+        fp8_attention: Sequence[tuple[Tensor, Tensor]] | None = None,
+        expert_layers: bool = False,
+    ) -> None:
+        require_model(rank.part, dtype, fp8_attention is not None)
         self.net = net
-        self.spec = spec
+        self.rank = rank
+        self.spec = rank.part
         self.dtype = dtype
         self.max_positions = max_positions
+        self.fp8_attention = fp8_attention
+        self.expert_layers = expert_layers
         self.updated: dict[int, tuple[Value, Value]] = {}
         """Per layer the caches after the step: outputs of the network."""
 
@@ -134,8 +165,17 @@ class TensorRTOps(Ops):
     # Core words.
 
     def embed(self, step: TensorRTStep, table: Value, scale: float = 1.0) -> Value:
-        rows = self.net.gather(table, step.token_ids)
+        rows = self.net.gather(table, step.token_ids) if self.rank.tp == 1 else self._held_rows(step, table)
         return rows if scale == 1 else self.mul(rows, scale)
+
+    def _held_rows(self, step: TensorRTStep, table: Value) -> Value:
+        """Rows for the ids that this rank holds, zeros for the others."""
+        net = self.net
+        ids = net.binary(step.token_ids, net.number(self.rank.first_token, step.token_ids), "SUB")
+        first, last = net.number(0, ids), net.number(self.spec.vocab_size - 1, ids)
+        nearest = net.binary(net.binary(ids, first, "MAX"), last, "MIN")
+        rows = net.gather(table, nearest)
+        return net.select(net.shape(net.binary(ids, nearest, "EQUAL"), (-1, 1)), rows, net.number(0.0, rows))
 
     def embed_positions(self, step: TensorRTStep, table: Value) -> Value:
         return self.net.gather(table, step.positions)
@@ -253,12 +293,29 @@ class TensorRTOps(Ops):
             self.updated[layer] = keys, values
             scaled = self.mul(q, spec.attention_scale_of(layer))
             queries = net.shape(net.gather(scaled, step.query_index), (), then=(0, 2, 1, 3))
-            if spells_out(spec):
+            if self.fp8_attention is not None:
+                out = self._attention_in_fp8(queries, keys, values, layer, step)
+            elif spells_out(spec):
                 out = self._spelt_out(queries, keys, values, layer, step, sinks)
             else:
                 out = net.attention(queries, keys, values, step.lengths, self._mask(layer, step))
             placed = net.shape(out, (-1, heads * spec.head_dim), first=(0, 2, 1, 3))
             return net.gather(placed, step.query_place)
+
+    def _attention_in_fp8(self, queries: Value, keys: Value, values: Value, layer: int, step: TensorRTStep) -> Value:
+        """Queries, keys, values and probabilities on E4M3's grid; checkpoints hold no scale for queries: it is 1."""
+        net = self.net
+        assert self.fp8_attention is not None
+
+        def rounded(x: Value, name: str, scale: Tensor) -> Value:
+            constant = net.constant(f"layers.{layer}.attn.{name}", scale.float())
+            return net.dequantize(net.quantize(x, constant, E4M3), constant, self.dtype)
+
+        key, value = self.fp8_attention[layer]
+        q = rounded(queries, "q_scale", torch.tensor(self.spec.attention_scale_of(layer)))
+        k, v = rounded(keys, "k_scale", key), rounded(values, "v_scale", value)
+        largest = net.constant("attention.p_scale", torch.tensor(1 / E4M3_MAX))
+        return net.attention(q, k, v, step.lengths, self._mask(layer, step), largest)
 
     def _mask(self, layer: int, step: TensorRTStep, always: bool = False) -> Value | None:
         """What the queries of a layer see, [B, 1 or N, Q, S]; None: all up to themselves."""
@@ -281,7 +338,7 @@ class TensorRTOps(Ops):
         def biased() -> Value:
             assert spec.alibi is not None
             positions = torch.arange(self.max_positions)[None]
-            bias = alibi_bias(spec.alibi, spec.num_heads, positions)[:, :, None].to(self.dtype)
+            bias = alibi_bias(spec.alibi, self.rank.spec.num_heads, positions)[:, self.rank.heads, None].to(self.dtype)
             low = torch.full((1, 1, 1, 1), torch.finfo(self.dtype).min, dtype=self.dtype)
             return net.select(seen, net.constant("mask.alibi", bias), net.constant("mask.hidden", low))
 
@@ -333,7 +390,9 @@ class TensorRTOps(Ops):
     def experts(
         self, x: Value, routing: tuple[Value, Value], experts: Sequence[Mlp], activation: Activation, weighs_input: bool
     ) -> Value:
-        """Every token passes every expert, and those it was not sent to count nothing: plain layers know no routing."""
+        """In plain layers, which know no routing, every token passes every expert, most of which then count nothing."""
+        if self.expert_layers and not weighs_input and activation == Activation() and not _quantized(experts):
+            return self._chosen_experts(x, routing, experts)
         net, (chosen, weights) = self.net, routing
         top_k = weights.shape[1]
         ids = net.constant(f"experts {len(experts)}", torch.arange(len(experts), dtype=torch.int32)[None, None])
@@ -351,5 +410,50 @@ class TensorRTOps(Ops):
             total = self.add(total, part)
         return total
 
+    def _chosen_experts(self, x: Value, routing: tuple[Value, Value], experts: Sequence[Mlp]) -> Value:
+        """As a layer that computes the chosen ones only; each token is a sequence to it, which it is made for."""
+        net, (chosen, weights), name = self.net, routing, experts[0].down.name.rsplit(".", 2)[0]
+        top_k, width = weights.shape[1], x.shape[1]
+
+        def stacked(suffix: str) -> list[Value]:
+            parts = [_gate_up_down(expert, suffix) for expert in experts]
+            return [
+                net.constant(f"{name}.{which}.{suffix}", torch.stack(held).to(self.dtype))
+                for which, held in zip(("gate", "up", "down"), zip(*parts, strict=True), strict=True)
+            ]
+
+        with net.scope(name):
+            scores = net.shape(net.cast(weights, self.dtype), (-1, 1, top_k))
+            biases = stacked("bias") if "bias" in experts[0].down.tensors else []
+            tokens = net.shape(x, (-1, 1, width))
+            y = net.experts(tokens, net.shape(chosen, (-1, 1, top_k)), scores, stacked("weight"), biases)
+            return net.shape(y, (-1, width))
+
     def rows(self, x: Value, step: TensorRTStep) -> Value:
         return self.net.gather(x, step.rows)
+
+    # Collectives.
+
+    def all_reduce(self, x: Value) -> Value:
+        tp = self.rank.tp
+        return x if tp == 1 else self.net.collective(x, "ALL_REDUCE", tp)
+
+    def all_gather(self, x: Value) -> Value:
+        """Of logits; without the padding of the vocabulary."""
+        net, tp, width, whole = self.net, self.rank.tp, x.shape[1], self.rank.spec.vocab_size
+        if tp == 1:
+            return x
+        below = net.shape(net.collective(x, "ALL_GATHER", tp), (tp, -1, width), then=(1, 0, 2))
+        beside = net.shape(below, (-1, tp * width))
+        return beside if tp * width == whole else net.columns(beside, 0, whole)
+
+
+def _quantized(experts: Sequence[Mlp]) -> bool:
+    return any(linear.tensors.keys() - {"weight", "bias"} for mlp in experts for linear in (*mlp.gate_up, mlp.down))
+
+
+def _gate_up_down(expert: Mlp, suffix: str) -> list[Tensor]:
+    """One tensor of each of an expert's linears; weights [I, O]."""
+    joined = torch.cat([linear.tensors[suffix] for linear in expert.gate_up])
+    parts = [*joined.chunk(2), expert.down.tensors[suffix]]
+    return [part.t() if suffix == "weight" else part for part in parts]

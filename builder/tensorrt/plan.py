@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from trtx.builder.shard import Rank
+from trtx.builder.tensorrt.caches import TimingCache
 from trtx.builder.tensorrt.library import Flavor, messages, refusal
 from trtx.builder.tensorrt.network import Network
 from trtx.builder.tensorrt.ops import TensorRTOps, TensorRTStep
 from trtx.converters.spec import ModelSpec
-from trtx.runtime.weights import WeightStore
+from trtx.runtime.weights import WeightStore, kv_scales
 from trtx.runtime.weights import load as load_decoder
 
 LOGITS = "logits"
@@ -64,21 +67,38 @@ def network(
     dtype: torch.dtype,
     bounds: Bounds,
     advance: Callable[[int], None] = lambda count: None,
+    rank: Rank | None = None,
+    fp8_attention: bool = False,
+    expert_layers: bool = False,
 ) -> Network:
     """The decoder as a network: its inputs are those of `TensorRTStep`, its output fp32 logits [R, V] and the caches.
+
+    Args:
+        store: the whole model's.
+        rank: the one whose part it computes; the ranks' logits are the same. None: there is one.
+        fp8_attention: round queries, keys, values and probabilities to E4M3.
+        expert_layers: use TensorRT's own layer for experts, where it can compute them.
 
     Raises:
         UnsupportedError: the model has something that no layer computes, or TensorRT refuses one.
     """
-    spec = store.config.spec
+    rank = rank or Rank(store.config.spec)
     net = Network(flavor)
-    ops = TensorRTOps(net, spec, dtype, bounds.max_seq_len)
-    decoder = load_decoder(store, ops, advance)
-    net.output(net.cast(decoder.forward(_inputs(net, spec, dtype, bounds)), torch.float32), LOGITS)
+    scales = _attention_scales(store) if fp8_attention else None
+    ops = TensorRTOps(net, rank, dtype, bounds.max_seq_len, scales, expert_layers)
+    decoder = load_decoder(store.of_rank(rank), ops, advance)
+    net.output(net.cast(decoder.forward(_inputs(net, rank.part, dtype, bounds)), torch.float32), LOGITS)
     for layer, caches in ops.updated.items():
         for (_, name), cache in zip(cache_names(layer), caches, strict=True):
             net.output(cache, name)
     return net
+
+
+def _attention_scales(store: WeightStore) -> list[tuple[Tensor, Tensor]]:
+    """Per layer those of keys and values: an fp8 KV cache's; 1.0 where the checkpoint has none."""
+    if store.config.quantization.kv_cache == "fp8":
+        return kv_scales(store, torch.device("cpu"))
+    return [(torch.ones(()), torch.ones(()))] * store.config.spec.num_layers
 
 
 def _inputs(net: Network, spec: ModelSpec, dtype: torch.dtype, bounds: Bounds) -> TensorRTStep:
@@ -108,12 +128,15 @@ def serialize(
     sm: str,
     total: int = 1,
     advance: Callable[[int], None] = lambda count: None,
+    timings: TimingCache | None = None,
 ) -> memoryview:
     """Build the engine for one compute capability.
 
     Args:
+        spec: what the network computes: of a rank its part.
         sm: '12.0'.
         advance: called with parts of `total` as TensorRT gets on.
+        timings: those of the GPU it is built on; None where TensorRT measures nothing.
 
     Raises:
         UnsupportedError: TensorRT can't build it, with its reasons.
@@ -126,6 +149,8 @@ def serialize(
         config.set_compute_capability(_capability(trt, sm), 0)
     for profile in profiles(bounds):
         config.add_optimization_profile(_profile(builder, profile, spec, bounds))
+    if timings is not None:
+        timings.attach(config)
     monitor = _monitor(trt, total, advance)
     config.progress_monitor = monitor
     said = messages(net.flavor)
@@ -133,6 +158,8 @@ def serialize(
     plan = _interruptible(lambda: builder.build_serialized_network(net.definition, config), monitor)
     if plan is None:
         raise refusal(f"the engine for compute capability {sm}", said.take())
+    if timings is not None:
+        timings.save()
     return memoryview(plan)
 
 

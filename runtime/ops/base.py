@@ -88,6 +88,10 @@ class Ops(ABC):
     def tie(self, table: Value) -> Value:
         """The output projection that shares the embedding `table`, as `linear` takes it."""
 
+    def load_experts(self, experts: Sequence[Mlp]) -> Value:
+        """The experts of a layer, as `experts` takes them."""
+        return experts
+
     # Core words.
 
     @abstractmethod
@@ -186,11 +190,12 @@ class Ops(ABC):
 
     @abstractmethod
     def experts(
-        self, x: Value, routing: tuple[Value, Value], experts: Sequence[Mlp], activation: Activation, weighs_input: bool
+        self, x: Value, routing: tuple[Value, Value], experts: Value, activation: Activation, weighs_input: bool
     ) -> Value:
         """Send each token of x [T, H] through its experts → the weighted sum [T, H], summed over ranks by the caller.
 
         Args:
+            experts: what `load_experts` made of them.
             weighs_input: the weights multiply what goes into an expert instead.
         """
 

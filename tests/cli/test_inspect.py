@@ -110,3 +110,42 @@ def test_description_that_is_not_json(checkpoint):
     done = look(checkpoint)
     assert done.exit_code == ExitCode.INPUT
     assert "config.json" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """A TensorRT engine for a GPU that is not here."""
+    pytest.importorskip("tensorrt_rtx")
+    from tests.converters import tiny
+    from tests.converters.families import dense
+    from trtx.builder.build import BuildSettings, build
+
+    folder = tmp_path_factory.mktemp("model")
+    checkpoint = tiny.checkpoint_of(tiny.of(dense.llama(num_hidden_layers=1, head_dim=16)), folder)
+    limits = {"max_batch_size": 2, "max_num_tokens": 16, "max_seq_len": 32}
+    build(checkpoint, folder / "engine", BuildSettings("tensorrt-rtx", gpu="rtx-5090", dtype="bf16", **limits))
+    return folder / "engine"
+
+
+def test_layers_of_an_engine_on_its_gpu(plan, monkeypatch):
+    from trtx.runtime import tensorrt_runner
+
+    monkeypatch.setattr(tensorrt_runner, "layers_of", lambda engine: ["matmul [fused]", "softmax"])
+    done = look(plan, "--layers")
+    assert done.exit_code == ExitCode.OK
+    assert "  matmul [fused]\n" in done.stdout and "  softmax\n" in done.stdout
+    assert json.loads(look(plan, "--layers", "--json").stdout)["layers"] == ["matmul [fused]", "softmax"]
+
+
+def test_without_the_gpu_the_manifest_is_shown_and_the_reason(plan, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = look(plan, "--layers")
+    assert done.exit_code == ExitCode.MISMATCH
+    assert "network_layers" in done.stdout and "[-1, 96] float" in done.stdout
+    assert "--layers" in done.stderr and "rtx-5090" in done.stderr
+
+
+def test_layers_are_those_of_a_tensorrt_engine(engine):
+    done = look(engine, "--layers")
+    assert done.exit_code == ExitCode.INPUT
+    assert "not a TensorRT engine" in done.stderr

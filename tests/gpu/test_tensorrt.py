@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from tests.converters.tiny import FIRST, checkpoint_of
 from tests.runtime.models import assert_greedy, engine_of, random_model
 from tests.tensorrt.models import UNBUILT
+from trtx.builder.engine import Engine
 from trtx.builder.tensorrt import library
 from trtx.builder.tensorrt.modes import TARGETS
 from trtx.runtime.llm import LLM
 from trtx.runtime.sampling import SamplingParams
+from trtx.runtime.tensorrt_runner import layers_of
 
 pytestmark = pytest.mark.gpu
 
@@ -41,3 +44,21 @@ def test_tokens_equal_transformers(family, backend, tmp_path, record_property):
     for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
         assert_greedy(model, prompt, completion.token_ids)
     record_property("backend", backend)
+
+
+def test_what_is_kept_and_shown(backend, tmp_path, monkeypatch):
+    """Timings of a build or kernels of a run are on the disk afterwards, and change nothing; layers can be listed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = {"gpu": "auto", "backend": backend, "dtype": "fp16", "max_batch_size": 3, "max_num_tokens": 24}
+    path = engine_of(checkpoint_of(random_model("llama"), tmp_path), tmp_path / "engine", **settings)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    tokens = []
+    for _ in range(2):
+        llm = LLM(path)
+        tokens.append([completion.token_ids for completion in llm.generate([[1, 2, 3]], params)])
+        del llm
+        gc.collect()
+    assert tokens[0] == tokens[1]
+    kept = {file.name.partition("-")[0] for file in (tmp_path / "cache/trtx/tensorrt").iterdir()}
+    assert kept == {"timing" if backend == "tensorrt" else "runtime"}
+    assert layers_of(Engine(path))

@@ -18,13 +18,13 @@ LINEARS = ("layers.0.attn.k", "layers.1.attn.o", "layers.1.mlp.up", "layers.0.ml
 
 
 PACK_ERRORS = {
-    "none": 0, "fp8": 0.03, "int8_wo": 0.01, "int8_sq": 0.015, "int4_awq": 0.2, "w4a8_awq": 0.2, "nvfp4_wo": 0.1,
-    "nvfp4": 0.1, "mxfp4": 0.13, "mxfp8": 0.03,
+    "none": 0, "fp8": 0.03, "fp8_wo": 0.03, "fp8_pc_pt": 0.03, "int8_wo": 0.01, "int8_sq": 0.015, "int4_awq": 0.2,
+    "w4a8_awq": 0.2, "nvfp4_wo": 0.1, "nvfp4": 0.1, "mxfp4": 0.13, "mxfp8": 0.03,
 }  # fmt: skip
 """The most that `pack` may change a random weight by, relative to its norm."""
 
 
-@pytest.fixture(scope="module", params=["fp8", "int8_sq", "int4_awq", "nvfp4"])
+@pytest.fixture(scope="module", params=["fp8", "fp8_wo", "fp8_pc_pt", "int8_sq", "int4_awq", "nvfp4"])
 def stored(request, tmp_path_factory):
     """The checkpoint in each format, and its tensors as safetensors reads them."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -60,8 +60,8 @@ def weight_formula(form, t):
     scale = t["weight_scale"].float().numpy()
     if form == "fp8":
         return codes.float().numpy() * scale
-    if form in ("int8_wo", "int8_sq"):
-        return codes.numpy().astype(np.float32) * scale[:, None]
+    if form in ("fp8_wo", "fp8_pc_pt", "int8_wo", "int8_sq"):
+        return codes.float().numpy() * scale[:, None]
     if form == "mxfp8":
         return codes.float().numpy() * np.repeat(np.ldexp(np.float32(1), scale.astype(int) - 127), 32, axis=1)
     packed = codes.numpy()
@@ -86,6 +86,10 @@ def activation_formula(form, t, x):
         x = x * t["pre_quant_scale"].numpy()
     if form in ("fp8", "w4a8_awq"):
         return e4m3(np.clip(x / np.float32(step), -448, 448)) * step
+    if form == "fp8_pc_pt":
+        largest = np.abs(x).max(-1, keepdims=True)
+        own = np.where(largest == 0, 1, largest) / np.float32(448)
+        return e4m3(x / own) * own
     if form == "int8_sq":
         return np.clip(np.round(x / step), -128, 127) * step
     if form == "mxfp8":

@@ -15,7 +15,7 @@ from trtx.runtime.ops.torch_ops import TorchOps
 from trtx.runtime.weights import WeightStore, kv_scales, load
 
 FAMILIES = ("llama", "qwen2")
-TOLERANCES = {"fp8": 1e-2, "int8_sq": 1e-2, "int4_awq": 1e-4}
+TOLERANCES = {"fp8": 1e-2, "fp8_wo": 1e-4, "fp8_pc_pt": 1e-2, "int8_sq": 1e-2, "int4_awq": 1e-4}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -43,11 +43,17 @@ def logits_of_modelopt(model, quantization, batches, token_ids):
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
-    presets = {"fp8": mtq.FP8_DEFAULT_CFG, "int8_sq": mtq.INT8_SMOOTHQUANT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
+    presets = {
+        "fp8": mtq.FP8_DEFAULT_CFG, "fp8_wo": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
+        "fp8_pc_pt": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
+        "int4_awq": mtq.INT4_AWQ_CFG,
+    }  # fmt: skip
     nothing = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
     config = copy.deepcopy(presets.get(quantization.format, nothing))
     if quantization.format == "int8_sq":
         config["algorithm"] = {"method": "smoothquant", "alpha": SMOOTHQUANT_ALPHA}
+    if quantization.format == "fp8_wo":
+        config["quant_cfg"].append({"quantizer_name": "*input_quantizer", "enable": False})
     for entry in config["quant_cfg"]:
         if quantization.group_size and entry["quantizer_name"] == "*weight_quantizer":
             entry["cfg"]["block_sizes"][-1] = quantization.group_size
@@ -66,7 +72,16 @@ def logits_of_modelopt(model, quantization, batches, token_ids):
 
 @pytest.mark.parametrize(
     ("format", "kv_cache"),
-    [("none", "fp8"), ("fp8", "none"), ("fp8", "fp8"), ("int8_sq", "none"), ("int4_awq", "none"), ("int4_awq", "fp8")],
+    [
+        ("none", "fp8"),
+        ("fp8", "none"),
+        ("fp8", "fp8"),
+        ("fp8_wo", "none"),
+        ("fp8_pc_pt", "none"),
+        ("int8_sq", "none"),
+        ("int4_awq", "none"),
+        ("int4_awq", "fp8"),
+    ],
 )
 def test_written_equals_fake_quantized(model, checkpoint, tmp_path, format, kv_cache):
     report = quantize(checkpoint, tmp_path / "out", models.settings(tmp_path, format, kv_cache=kv_cache))

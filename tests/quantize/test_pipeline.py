@@ -67,7 +67,7 @@ def test_the_output_projection_can_be_quantized(checkpoint, tmp_path):
     assert Checkpoint(tmp_path / "out").tensor("lm_head.weight").dtype == torch.int8
 
 
-@pytest.mark.parametrize("format", ["fp8", "int8_sq", "int4_awq", "nvfp4"])
+@pytest.mark.parametrize("format", ["fp8", "fp8_wo", "fp8_pc_pt", "int8_sq", "int4_awq", "nvfp4"])
 def test_a_weight_row_of_zeros(format, tmp_path):
     model = models.make()
     with torch.no_grad():

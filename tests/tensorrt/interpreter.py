@@ -868,6 +868,25 @@ def _dynamic_quantize(ctx: _Context, x: Tensor, global_scale: Tensor | None = No
     return _rounded(torch.where(factor > 0, x.float() / factor, 0.0), name), scales
 
 
+def _moe(ctx: _Context, x: Tensor, chosen: Tensor, scores: Tensor, *weights: Tensor) -> Tensor:
+    """[hdr IMoELayer]: fc(x) = x * w + b; output_i = fcDown(fcUp(x) * activation(fcGate(x))); sums score_i * output_i.
+
+    Inputs 3 to 5 are the weights of gate, up and down, 6 to 8 their biases. SwiGLU's parameters have no formula there.
+    """
+    layer = ctx.layer
+    if (layer.swiglu_param_limit, layer.swiglu_param_alpha, layer.swiglu_param_beta) != (math.inf, 1.0, 0.0):
+        raise ValueError("SwiGLU's parameters aren't described")
+    if layer.quantization_to_type.name != "FLOAT" or layer.activation_type.name != "SILU":
+        raise ValueError("only plain SiLU experts are interpreted")
+    gate, up, down = (w.float()[chosen.long()] for w in weights[:3])  # [B, S, top_k, I, O]
+    biases = [b.float()[chosen.long()] for b in weights[3:]] or [0.0, 0.0, 0.0]
+    rows = x.float()[:, :, None, None]  # [B, S, 1, 1, H]
+    inner = (rows @ gate).squeeze(3) + biases[0]
+    inner = functional.silu(inner) * ((rows @ up).squeeze(3) + biases[1])
+    outputs = (inner[:, :, :, None] @ down).squeeze(3) + biases[2]
+    return ctx.cast((outputs * scores.float()[..., None]).sum(2))
+
+
 def _dist_collective(ctx: _Context, x: Tensor) -> Tensor:
     """[hdr INetworkDefinition::addDistCollective]: every operation of one rank is the identity.
 
@@ -914,5 +933,6 @@ _LAYERS: dict[str, tuple[str, Callable[..., Tensor | tuple[Tensor, ...]]]] = {
     "QUANTIZE": ("IQuantizeLayer", _quantize),
     "DEQUANTIZE": ("IDequantizeLayer", _dequantize),
     "DYNAMIC_QUANTIZE": ("IDynamicQuantizeLayer", _dynamic_quantize),
+    "MOE": ("IMoELayer", _moe),
     "DIST_COLLECTIVE": ("IDistCollectiveLayer", _dist_collective),
 }

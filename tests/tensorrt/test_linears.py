@@ -106,6 +106,14 @@ def test_linear_equals_the_torch_op_set(name, dtype):
         assert largest_errors(found, exact)[1:].min() > 1e-3  # the format rounds: the comparison means something
 
 
+def test_codes_of_a_token_do_not_leave_what_fp16_holds():
+    """256 codes of 448 make 114688; fp16 ends at 65504."""
+    weight = LinearWeight("linear", FORMATS["fp8_pc_pt"], FORMATS["fp8_pc_pt"].pack(torch.ones(48, 256), 0), ())
+    x = torch.ones(3, 256, dtype=torch.float16)
+    net = linear_network(weight, torch.float16)
+    assert torch.equal(evaluate(net.definition, net.constants, {"x": x})["y"], torch.full((3, 48), 256.0).half())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_table_of_formats_says_what_tensorrt_builds(name):
     found = {sm: builds(linear_network(linear_weight(name), torch.float16), sm) for sm in TARGETS["tensorrt-rtx"]}
@@ -149,7 +157,7 @@ def test_require_says_why_not(sm, form, dtype, kv_dtype, reason):
 def test_require_lets_pass_what_the_table_has():
     for flavor in FLAVORS.values():
         rows = {row.name: row.refusals for row in table(flavor)}
-        assert rows.keys() == {*DTYPES, *FORMATS, "fp8 KV cache"} - {"none"}
+        assert rows.keys() == {*DTYPES, *FORMATS, "fp8 attention", "fp8 KV cache"} - {"none"}
         for sm in TARGETS[flavor.backend]:
             for form in FORMATS.keys() - {"none"}:
                 if rows[form][sm]:

@@ -1,0 +1,158 @@
+"""The backend `cuda`, as building sees it.
+
+T tokens of a step, e bytes of the compute dtype, H the hidden size. A step of the op set (`runtime.cuda.ops`) holds
+
+- the residual stream: x and delta of the layer before, and of this one, and the norm of x;
+- queries, keys and values as projected, the rotated queries, attention's output, and partial outputs in fp32 where the
+  keys of a sequence are shared out over several programs;
+- the MLP's gate and up and their product, or the logits, and what the sampler makes of them.
+
+Decode steps are captured in graphs, which keep the memory of the largest for themselves: it comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trtx.builder.backend import Backend
+from trtx.builder.cost import ITEMSIZE, weight_bytes
+from trtx.builder.cuda.kernels import SHARED_BYTES, compile_kernels, triton_version
+from trtx.builder.shard import Shard
+from trtx.builder.sizing import Sizing
+from trtx.builder.torch_backend import CONTEXT, CUBLAS_WORKSPACE, SAMPLER_BYTES
+from trtx.converters.convert import Progress
+from trtx.converters.errors import UnsupportedError
+from trtx.converters.shards import Entry
+from trtx.converters.spec import Kind, Module
+from trtx.quantize.formats import DTYPES
+from trtx.quantize.weight import LinearWeight
+
+if TYPE_CHECKING:
+    from trtx.converters.artifact import Draft
+    from trtx.runtime.weights import WeightStore
+
+_MIB = 1 << 20
+
+GRAPHS = 96 * _MIB
+"""Captured graphs and loaded kernels, beside the activations."""
+
+
+class CudaBackend(Backend):
+    """trtx's own kernels, compiled ahead of time."""
+
+    name, devices = "cuda", ("cuda",)
+
+    def fit(self, sizing: Sizing) -> Sizing:
+        assert sizing.target.gpu is not None
+        triton_version()
+        if sizing.target.gpu.sm not in SHARED_BYTES:
+            raise UnsupportedError(
+                f"--backend cuda: no kernels for compute capability {sizing.target.gpu.sm} ({sizing.target.name}).",
+                "Use --backend torch.",
+            )
+        return sizing
+
+    def versions(self) -> dict[str, str]:
+        return {"triton": triton_version()}
+
+    def add_kernels(self, store: WeightStore | None, sizing: Sizing, draft: Draft, progress: Progress) -> None:
+        from trtx.builder.cuda.trace import required_kernels
+        from trtx.builder.engine import KERNELS
+
+        assert sizing.target.gpu is not None
+        layout = self.kv_layout(sizing, Shard(sizing.model.spec, sizing.mapping, 0))
+        variants = required_kernels(sizing, layout, store)
+        with progress(len(variants)) as advance:
+            compile_kernels(variants, sizing.target.gpu.sm, draft.path / "rank0" / KERNELS, advance)
+        draft.describe(kernels=len(variants))
+
+    def linear_entries(self, store: WeightStore, name: str, modules: list[Module], sizing: Sizing) -> Iterator[Entry]:
+        from trtx.builder.build import joined
+        from trtx.runtime.cuda.linear import kernel_layout
+        from trtx.runtime.cuda.ops import is_expert
+
+        if is_expert(name):
+            yield from joined(store, name, modules)
+            return
+
+        stored = list(joined(store, name, modules))
+        form = store.config.quantization.format_of(modules[0])
+        parts = tuple((module.name, module.shape[0]) for module in modules)
+        dtype = DTYPES[sizing.compute_dtype]
+
+        def laid_out(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return kernel_layout(LinearWeight(name, form, tensors, parts, modules[0].split), dtype)
+
+        @cache
+        def produced() -> dict[str, Tensor]:
+            return laid_out({_suffix(entry): entry.produce() for entry in stored})
+
+        shapes = laid_out({_suffix(e): torch.empty(e.shape, dtype=e.dtype, device="meta") for e in stored})
+        left = set(shapes)
+
+        def take(suffix: str) -> Tensor:
+            tensor = produced()[suffix]
+            left.discard(suffix)
+            if not left:
+                produced.cache_clear()
+            return tensor
+
+        for suffix, shape in shapes.items():
+            yield Entry(f"{name}.{suffix}", shape.dtype, tuple(shape.shape), lambda suffix=suffix: take(suffix))
+
+    def weight_bytes(self, sizing: Sizing, shard: Shard) -> int:
+        from trtx.runtime.cuda.ops import is_expert
+
+        size, quantization = ITEMSIZE[sizing.compute_dtype], sizing.model.quantization
+        total = 0
+        for module in shard.modules():
+            whole = module.name.endswith(".router") or is_expert(module.name)  # dequantized when loaded
+            if module.kind is Kind.LINEAR and not whole:
+                stored = quantization.stored(module, DTYPES[sizing.compute_dtype])
+                total += sum(tensor.bytes for tensor in stored.values())
+            else:
+                in_fp32 = module.kind is Kind.VECTOR or module.name.endswith(".router")
+                in_fp32 |= module.kind is Kind.NORM and shard.spec.norm_of(module.name).offset != 0
+                total += module.parameters * (4 if in_fp32 else size)
+        return total
+
+    def streamed_bytes(self, sizing: Sizing, tokens: int) -> int:
+        return weight_bytes(sizing.model, tokens)
+
+    def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
+        return self._step_bytes(sizing, shard, sizing.max_num_tokens) + self._step_bytes(
+            sizing, shard, sizing.max_batch_size
+        )
+
+    def table_bytes(self, sizing: Sizing) -> int:
+        return 4 * sizing.max_seq_len * sum(rope.dim for rope in sizing.model.spec.ropes)
+
+    def workspace_bytes(self, sizing: Sizing) -> int:
+        return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + GRAPHS
+
+    def math_dtype(self, sizing: Sizing) -> str:
+        from trtx.builder.build import MATH_UNITS
+
+        unit = MATH_UNITS.get(sizing.model.quantization.format, sizing.compute_dtype)
+        gpu = sizing.target.gpu
+        return unit if gpu is not None and unit in gpu.tflops else sizing.compute_dtype
+
+    def _step_bytes(self, sizing: Sizing, shard: Shard, tokens: int) -> int:
+        spec, size = shard.spec, ITEMSIZE[sizing.compute_dtype]
+        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        residual = 5 * tokens * spec.hidden_size * size
+        attention = tokens * (3 * queries + 2 * keys) * size
+        inner = max(spec.intermediate_size, (spec.moe.intermediate_size * spec.moe.top_k) if spec.moe else 0)
+        mlp = tokens * (3 * inner + spec.hidden_size) * size
+        rows = min(tokens, sizing.max_batch_size)
+        logits = rows * spec.vocab_size * (size + SAMPLER_BYTES)
+        return residual + max(attention, mlp, logits)
+
+
+def _suffix(entry: Entry) -> str:
+    return entry.name.rpartition(".")[2]

@@ -1,0 +1,74 @@
+"""Which kernels an engine needs: its steps are run on meta tensors, and what they would launch is noted down.
+
+So an engine holds exactly the kernels that the op set asks for; there is no second list to keep in step with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trtx.builder.sizing import Sizing
+from trtx.quantize.formats import DTYPES, E4M3
+from trtx.runtime import weights
+from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.cuda.kv_cache import CudaKVCache
+from trtx.runtime.cuda.launch import RecordLaunch, Variant
+from trtx.runtime.cuda.ops import CudaOps
+from trtx.runtime.cuda.steps import Steps
+from trtx.runtime.kv_layout import KVLayout
+from trtx.runtime.weights import WeightStore
+
+META = torch.device("meta")
+
+
+def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore | None = None) -> list[Variant]:
+    """The kernels of an engine of these dimensions, in the order of their first use.
+
+    Args:
+        checkpoint: the weights. Those that linears have to agree in to be fused are read; random ones do.
+    """
+    config = sizing.model
+    expected = config.expected()
+
+    def tensor(name: str) -> Tensor:
+        stored = expected[name]
+        if stored.rows or name.endswith(".weight"):
+            return torch.empty(stored.shape, dtype=stored.dtype, device=META)
+        return torch.ones(stored.shape, dtype=stored.dtype) if checkpoint is None else checkpoint.tensor(name)
+
+    store = WeightStore(config, tensor, expected.__contains__)
+    assert sizing.target.gpu is not None
+    launch = RecordLaunch(dependent=float(sizing.target.gpu.sm) >= 9.0)
+    ops = CudaOps(config.spec, DTYPES[sizing.compute_dtype], META, sizing.max_seq_len, launch, laid_out=False)
+    kv_dtype = E4M3 if sizing.kv_dtype == "fp8" else DTYPES[sizing.kv_dtype]
+    with torch.inference_mode():
+        decoder = weights.load(store, ops)
+        cache = CudaKVCache(layout, 2, kv_dtype, META)
+        steps = Steps(decoder, ops, cache, sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len)
+        for count in steps.sizes:
+            steps.decode(count)
+        for tokens in _token_counts(sizing.max_num_tokens):
+            for batch in _batches(tokens, sizing, len(layout.groups), -(-sizing.max_seq_len // layout.block_size)):
+                steps.compute(steps.mixed(batch))
+    return list(launch.variants)
+
+
+def _token_counts(most: int) -> list[int]:
+    """Numbers of tokens, such that every kernel's choice by their number comes up: powers of two, and one more."""
+    counts = {1, most}
+    power = 1
+    while power < most:
+        counts |= {power, min(power + 1, most)}
+        power *= 2
+    return sorted(counts)
+
+
+def _batches(tokens: int, sizing: Sizing, groups: int, width: int) -> list[list[SequenceSlice]]:
+    """Steps of so many tokens: one prefill chunk that wants logits, and as many single tokens as go into a batch."""
+    tables = ([0] * width,) * groups
+    chunk = min(tokens, sizing.max_seq_len)
+    batches = [[SequenceSlice([0] * chunk, 0, tables, 1)]]
+    if tokens <= sizing.max_batch_size:
+        batches.append([SequenceSlice([0], 0, tables, 1)] * tokens)
+    return batches

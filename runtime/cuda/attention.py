@@ -1,0 +1,364 @@
+"""Attention over the paged KV cache: shapes → launches of `runtime.kernels.attention`.
+
+Keys and values of a layer are [blocks, kv_heads, block_size, head_dim], latents [blocks, 1, block_size, rank +
+rope_dim]. Tokens of a step are packed, T of them; sequences that decode one token come before the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trtx.converters.spec import Alibi
+from trtx.runtime.cuda.launch import Constant, Launch
+from trtx.runtime.ops.torch_attention import alibi_bias
+
+H100_SHARED = 227 << 10
+"""Bytes of shared memory that a program may have on an H100, and a B200; 163 KiB on an A100, 99 on sm_89 and sm_120."""
+
+_PROGRAMS = 4 * 132
+"""How many programs of a decode step are wanted: enough to keep every multiprocessor of an H100 busy, twice over."""
+
+
+_LONG = 1024
+"""Tokens that one program of a decode step should take at least where there is no lack of programs."""
+
+
+@dataclass
+class AttentionStep:
+    """What attention needs to know of a step: int32 tensors on the device, for T tokens of B sequences.
+
+    Attributes:
+        positions: [T].
+        sequence: [T], the sequence of each token; -1: padding of a captured graph, for which nothing is written.
+        starts: [B + 1], the first token of each sequence.
+        lengths: [B], the KV length, this step's tokens included; 0: padding.
+        tables: per KV group [B, W], the block of each `block_size` positions.
+        tiles: [N, 2], prefill work: a sequence and the first of a tile's tokens among its new ones, as `tiles_of`
+            lists them; (-1, 0): nothing to do.
+        decodes: the first so many sequences have one token each.
+        counters: [B * heads] or more, zeros; kernels leave them so.
+    """
+
+    positions: Tensor
+    sequence: Tensor
+    starts: Tensor
+    lengths: Tensor
+    tables: list[Tensor]
+    tiles: Tensor
+    decodes: int
+    counters: Tensor
+
+
+class HeadNorm(NamedTuple):
+    """A norm of each head's query or key: weight and bias [head_dim] or [heads, head_dim]; 'unit' has none."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    kind: Literal["rms", "layer", "unit"]
+
+
+class Slopes(NamedTuple):
+    """ALiBi on the device: fp32 [heads], and the scale of biases that are rounded to bf16 first (0: they are not)."""
+
+    slopes: Tensor
+    rounded: float
+
+    @classmethod
+    def of(cls, alibi: Alibi, heads: int, device: torch.device) -> Slopes:
+        """For all the heads of a model."""
+        first = torch.ones(1, 1, device=device)
+        if alibi.rounded:
+            return cls(alibi_bias(replace(alibi, scale=1.0), heads, first).flatten(), alibi.scale)
+        return cls(alibi_bias(alibi, heads, first).flatten(), 0.0)
+
+
+class Tiling(NamedTuple):
+    """How a kernel cuts its work: query rows and keys of a tile, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def prefill_tiling(head_dim: int, itemsize: int, shared: int = H100_SHARED) -> Tiling:
+    """For queries of `itemsize` bytes a number, and programs that may have `shared` bytes of shared memory."""
+    width = _power(head_dim)
+    if itemsize == 4:
+        return Tiling(16, 16, 4, 1) if width > 64 else Tiling(32, 32, 4, 1)
+    if shared < H100_SHARED:
+        if width > 256:
+            return Tiling(16, 16, 4, 2)
+        return Tiling(64, 32, 4, 2) if width > 128 else Tiling(64, 64, 4, 2)
+    if width > 256:
+        return Tiling(64, 32, 8, 2)
+    if width > 128:
+        return Tiling(128, 64, 8, 2)
+    return Tiling(128, 128, 8, 2) if width > 64 else Tiling(128, 128, 8, 3)
+
+
+def decode_tiling(
+    sharing: int, head_dim: int, itemsize: int, cached_itemsize: int, shared: int = H100_SHARED
+) -> Tiling:
+    """For `sharing` query heads a key head, and a cache of `cached_itemsize` bytes a number.
+
+    Tables are read ahead of keys: five stages are two buffers of keys and values.
+    """
+    width = _power(head_dim)
+    rows = min(max(16, _power(sharing)), 64)
+    if itemsize == 4:
+        return Tiling(16, 16, 4, 1) if width > 128 else Tiling(16, 32, 4, 1)
+    if width > 256:
+        return Tiling(16, 16, 4, 3) if shared < H100_SHARED else Tiling(min(rows, 32), 32, 8, 3)
+    return Tiling(rows, 32, 4, 5) if width > 128 else Tiling(rows, 64, 4, 5)
+
+
+def query_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> int:
+    """How many new tokens of a sequence a prefill tile has; see `tiles_of`. For latents: kv_heads = 1, rank + rope."""
+    rows = prefill_tiling(head_dim, itemsize, shared).rows
+    return rows // min(heads // kv_heads, rows)
+
+
+def tiles_of(q_lens: Sequence[int], first: int, tile: int) -> list[tuple[int, int]]:
+    """The prefill tiles of a step: (sequence, first of its new tokens).
+
+    Args:
+        q_lens: new tokens of each sequence; those before `first` decode.
+        tile: `query_tile` of the model.
+    """
+    return [(index, row) for index in range(first, len(q_lens)) for row in range(0, q_lens[index], tile)]
+
+
+def rotate_and_store(
+    launch: Launch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rotation: tuple[Tensor, Tensor] | None,
+    rope_dim: int,
+    q_norm: HeadNorm | None,
+    k_norm: HeadNorm | None,
+    norm_after_rope: bool,
+    query_scaling: tuple[float, float] | None,
+    step: AttentionStep,
+    table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> Tensor:
+    """Normalize and rotate q [T, H, D] and k [T, KH, D], and put k and v into the cache → q, contiguous.
+
+    Args:
+        q, k, v: views, whose tokens may be a stride apart.
+        rotation: fp32 tables of cosines and sines [positions, rope_dim / 2]; None: no rotation.
+        rope_dim: the first features, which are rotated.
+        query_scaling: (floor, scale); see `converters.spec.QueryScaling`.
+        table: of the layer's KV group.
+        k_scale, v_scale: of an e4m3 cache.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    rotated = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    width = _power(dim)
+    block = max(1, min(1024 // width, _power(max(heads, kv_heads))))
+    norm = q_norm or HeadNorm(None, None, 0.0, "unit")
+    key_norm = k_norm or norm
+    floor, scale = query_scaling or (0.0, 0.0)
+    cos, sin = rotation or (None, None)
+    args = (
+        q, k, v, cos, sin, norm.weight, norm.bias, key_norm.weight, key_norm.bias, step.positions, step.sequence, table,
+        rotated, keys, values, float(k_scale), float(v_scale),
+    )  # fmt: skip
+    constants: dict[str, Constant] = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "ROPE": rope_dim if rotation else 0,
+        "Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0),
+        "WIDTH": table.shape[1], "BLOCK_SIZE": keys.shape[2],
+        "NORM": norm.kind if q_norm else "none", "NORM_LAST": norm_after_rope,
+        "PER_HEAD": norm.weight is not None and norm.weight.dim() == 2, "EPS": float(norm.eps),
+        "FLOOR": float(floor), "SCALE": float(scale),
+        "BLOCK_HEADS": block, "BLOCK_DIM": width,
+    }  # fmt: skip
+    grid = (tokens, -(-heads // block) + 2 * -(-kv_heads // block))
+    launch("attention.rotate_and_store", grid, args, constants, warps=4, stages=1, pdl=True)
+    return rotated
+
+
+def attention(
+    launch: Launch,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: AttentionStep,
+    table: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    chunked: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi: Slopes | None,
+    k_scale: float,
+    v_scale: float,
+    shared: int = H100_SHARED,
+) -> Tensor:
+    """q [T, H, D] attends to what is cached of its sequences, up to itself → [T, H * D].
+
+    Tokens that belong to no sequence get zeros, or whatever stood there where they are no decodes.
+
+    Args:
+        q: contiguous.
+        table: of the layer's KV group.
+        scale: of the scores.
+        window: positions that a token sees; chunked: from the last multiple of it on.
+        sinks: fp32 [H].
+        k_scale, v_scale: of an e4m3 cache.
+        shared: bytes of shared memory that a program may have.
+    """
+    layer = CachedAttention(
+        launch, keys, values, table, q.shape[-1], window, chunked, softcap, sinks, alibi, v_scale, shared
+    )
+    return layer.attend(q, step, scale * k_scale)
+
+
+def latent_attention(
+    launch: Launch,
+    q: Tensor,
+    latents: Tensor,
+    step: AttentionStep,
+    table: Tensor,
+    *,
+    scale: float,
+    rank: int,
+    shared: int = H100_SHARED,
+) -> Tensor:
+    """q [T, H, rank + rope_dim] attends to latents, whose first `rank` numbers are the value too → [T, H, rank]."""
+    layer = CachedAttention(launch, latents, None, table, rank, shared=shared)
+    return layer.attend(q, step, scale).view(len(q), q.shape[1], rank)
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """Attention to what is cached for one layer; see `attention`.
+
+    Attributes:
+        values: None for latents.
+        dim: features of a value.
+        shared: bytes of shared memory that a program may have.
+    """
+
+    launch: Launch
+    keys: Tensor
+    values: Tensor | None
+    table: Tensor
+    dim: int
+    window: int | None = None
+    chunked: bool = False
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    alibi: Slopes | None = None
+    v_scale: float = 1.0
+    shared: int = H100_SHARED
+
+    def attend(self, q: Tensor, step: AttentionStep, scale: float) -> Tensor:
+        """Decodes by one kernel, then the other tokens by another, [T, H * dim]."""
+        tokens, heads, _ = q.shape
+        out = torch.empty((tokens, heads * self.dim), dtype=q.dtype, device=q.device)
+        if step.decodes:
+            self.decode(q, step, scale, out)
+        if len(step.tiles):
+            self.prefill(q, step, scale, out)
+        return out
+
+    def decode(
+        self,
+        q: Tensor,
+        step: AttentionStep,
+        scale: float,
+        out: Tensor,
+        tiling: Tiling | None = None,
+        splits: int | None = None,
+    ) -> None:
+        """The first `step.decodes` tokens."""
+        tiling = tiling or decode_tiling(
+            self._sharing(q), self._row, q.element_size(), self.keys.element_size(), self.shared
+        )
+        group, chunks = self._groups(q, tiling)
+        programs = step.decodes * self.keys.shape[1] * chunks
+        chosen, at_least = self._splits(programs, tiling)
+        splits = splits or chosen
+        partials = extremes = None
+        if splits > 1:
+            shape = (programs, splits, group)
+            partials = torch.empty((*shape, self.dim), dtype=torch.float32, device=q.device)
+            extremes = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
+        args = (
+            q, self.keys, self.values, self.table, step.lengths, self.sinks, self.alibi and self.alibi.slopes, out,
+            partials, extremes, step.counters, float(scale), float(self.v_scale),
+        )  # fmt: skip
+        rows = _power(group)
+        at_once = max(1, min(16, 64 * 32 * tiling.warps // (rows * _power(self.dim))))
+        constants = self._constants(q, tiling) | {
+            "SPLIT": splits > 1, "AT_LEAST": at_least, "BLOCK_G": rows, "AT_ONCE": at_once,
+        }  # fmt: skip
+        grid = (step.decodes, programs // step.decodes, splits)
+        self.launch("attention.decode", grid, args, constants, tiling.warps, tiling.stages, pdl=True)
+
+    def prefill(self, q: Tensor, step: AttentionStep, scale: float, out: Tensor, tiling: Tiling | None = None) -> None:
+        """The tokens of `step.tiles`."""
+        tiling = tiling or prefill_tiling(self._row, q.element_size(), self.shared)
+        group, chunks = self._groups(q, tiling)
+        args = (
+            q, self.keys, self.values, self.table, step.lengths, step.starts, step.tiles, self.sinks,
+            self.alibi and self.alibi.slopes, out, float(scale), float(self.v_scale),
+        )  # fmt: skip
+        constants = self._constants(q, tiling) | {"TOKENS": tiling.rows // group}
+        grid = (self.keys.shape[1] * chunks, len(step.tiles))
+        self.launch("attention.prefill", grid, args, constants, tiling.warps, tiling.stages, pdl=True)
+
+    @property
+    def _row(self) -> int:
+        return self.keys.shape[-1]
+
+    def _sharing(self, q: Tensor) -> int:
+        return q.shape[1] // self.keys.shape[1]
+
+    def _groups(self, q: Tensor, tiling: Tiling) -> tuple[int, int]:
+        """Query heads in a program, and programs for the query heads of a key head."""
+        group = min(self._sharing(q), tiling.rows)
+        return group, -(-self._sharing(q) // group)
+
+    def _splits(self, programs: int, tiling: Tiling) -> tuple[int, int]:
+        """Programs that share the keys of a sequence, and how many tiles a share has at least.
+
+        Few sequences are split so that all multiprocessors are busy; of many, only the long ones, which others would
+        have to wait for.
+        """
+        longest = self.table.shape[1] * self.keys.shape[2]
+        if programs >= _PROGRAMS // 4:
+            return min(4, -(-longest // _LONG)), _LONG // tiling.keys
+        return min(_power(_PROGRAMS // programs + 1) // 2, _power(-(-longest // tiling.keys))), 1
+
+    def _constants(self, q: Tensor, tiling: Tiling) -> dict[str, Constant]:
+        group, chunks = self._groups(q, tiling)
+        tail = self._row - self.dim
+        return {
+            "KV_HEADS": self.keys.shape[1], "SHARING": self._sharing(q), "DIM": self.dim, "TAIL": tail,
+            "WIDTH": self.table.shape[1], "BLOCK_SIZE": self.keys.shape[2],
+            "WINDOW": self.window or 0, "CHUNKED": self.chunked and self.window is not None,
+            "CAP": float(self.softcap or 0), "ROUNDED": float(self.alibi.rounded if self.alibi else 0),
+            "GROUP": group, "CHUNKS": chunks, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.keys,
+            "BLOCK_DIM": max(16, _power(self.dim)), "BLOCK_TAIL": max(16, _power(tail)) if tail else 0,
+        }  # fmt: skip
+
+
+def _power(number: int) -> int:
+    """The smallest power of two that is not below it."""
+    return 1 << (number - 1).bit_length() if number > 1 else 1

@@ -1,0 +1,162 @@
+"""Kernels from cubins, launched through cuda-bindings: no Triton, no compiler.
+
+A folder holds `index.json`, a list of kernels, and a file of machine code for each:
+
+    {"variant": {…}, "file": "….cubin", "symbol": "…", "shared_bytes": …}
+
+A kernel that Triton compiled takes its run-time arguments in order, those that are absent left out, and two pointers
+to scratch memory behind them, which no kernel here uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtx.converters.errors import InputError, MissingPackageError
+from trtx.runtime.cuda.launch import Argument, Constant, Launch, Variant, type_of, with_pdl
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel.
+
+    Attributes:
+        file: its machine code, beside the index.
+        symbol: the entry point.
+        shared_bytes: dynamic shared memory of a program.
+    """
+
+    variant: Variant
+    file: str
+    symbol: str
+    shared_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For the index."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Cubin:
+        """From the index."""
+        return cls(Variant.from_json(entry["variant"]), entry["file"], entry["symbol"], entry["shared_bytes"])
+
+
+def driver() -> Any:
+    """The module `cuda.bindings.driver`.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise MissingPackageError(
+            f"An engine of the cuda backend launches its kernels through cuda-bindings, which can't be imported "
+            f"({error}).",
+            "Install it: pip install cuda-bindings",
+        ) from error
+    return driver
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """The value of a call of the driver.
+
+    Raises:
+        RuntimeError: the call failed.
+    """
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"CUDA driver: {status.name}")
+    return values[0] if values else None
+
+
+class CubinLaunch(Launch):
+    """Launches the kernels of a folder on one GPU.
+
+    Args:
+        dependent: launch with programmatic dependent launch.
+
+    Raises:
+        InputError: the folder is incomplete.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, dependent: bool) -> None:
+        self.dependent = dependent
+        self._device = device
+        self._driver = driver()
+        try:
+            entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            found = [Cubin.from_json(entry) for entry in entries]
+            code = {cubin.file: (folder / cubin.file).read_bytes() for cubin in found}
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{folder}: its kernels can't be read ({error}).", "Build the engine again.") from error
+        torch.cuda.current_stream(device)  # the context has to stand
+        self._kernels = {cubin.variant: _Kernel(self._driver, cubin, code[cubin.file]) for cubin in found}
+        self._known: dict[tuple[Any, ...], _Kernel] = {}
+
+    def __call__(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        args: tuple[Argument, ...],
+        constants: Mapping[str, Constant],
+        warps: int = 4,
+        stages: int = 2,
+        pdl: bool = False,
+    ) -> None:
+        types = tuple(map(type_of, args))
+        key = kernel, types, tuple(constants.items()), warps, stages, pdl
+        found = self._known.get(key)
+        if found is None:
+            chosen = with_pdl(constants, pdl, self.dependent)
+            variant = Variant(kernel, types, tuple(sorted(chosen.items())), warps, stages, pdl and self.dependent)
+            if variant not in self._kernels:
+                raise RuntimeError(f"the engine was built without the kernel {variant}")
+            found = self._known[key] = self._kernels[variant]
+        found(grid, args, torch.cuda.current_stream(self._device).cuda_stream)
+
+
+class _Kernel:
+    """One entry point, with a buffer for its arguments: eight bytes each."""
+
+    def __init__(self, driver: Any, cubin: Cubin, code: bytes) -> None:
+        self._driver = driver
+        self._module = checked(driver.cuModuleLoadData(code))
+        self._function = checked(driver.cuModuleGetFunction(self._module, cubin.symbol.encode()))
+        if cubin.shared_bytes > 48 << 10:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            checked(driver.cuFuncSetAttribute(self._function, attribute, cubin.shared_bytes))
+        formats = {"fp32": "f4x", "i32": "i4x"}
+        present = [kind for kind in cubin.variant.types if kind != "none"]
+        self._format = struct.Struct("<" + "".join(formats.get(kind, "Q") for kind in present) + "QQ")
+        self._values = ctypes.create_string_buffer(self._format.size)
+        base, count = ctypes.addressof(self._values), len(present) + 2
+        self._pointers = (ctypes.c_void_p * count)(*(base + 8 * index for index in range(count)))
+        self._address = ctypes.addressof(self._pointers)
+        self._config = config = driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * cubin.variant.warps, 1, 1
+        config.sharedMemBytes = cubin.shared_bytes
+        if cubin.variant.pdl:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+
+    def __call__(self, grid: tuple[int, ...], args: tuple[Argument, ...], stream: int) -> None:
+        values = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args if arg is not None]
+        self._format.pack_into(self._values, 0, *values, 0, 0)
+        config = self._config
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config.hStream = stream
+        checked(self._driver.cuLaunchKernelEx(config, self._function, self._address, 0))

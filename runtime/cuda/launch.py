@@ -1,0 +1,149 @@
+"""How a kernel is started.
+
+The host code of a kernel says what to launch (`Launch`), and knows nothing of how: from the engine's cubins when it
+runs (`runtime.cuda.cubins`), by Triton's own launcher or interpreter in tests (`JitLaunch`), or not at all while
+`trtx build` notes down which variants an engine needs (`RecordLaunch`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Argument = Tensor | int | float | None
+Constant = int | float | bool | str | None
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float64: "*fp64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel, specialized: what one cubin holds.
+
+    Attributes:
+        kernel: 'module.function' in `runtime.kernels`.
+        types: of the run-time arguments, in Triton's words; 'none' for one that is absent.
+        constants: by parameter name, in the order of the names.
+        warps, stages: threads / 32 of a program, and the depth of its software pipeline.
+        pdl: programmatic dependent launch.
+    """
+
+    kernel: str
+    types: tuple[str, ...]
+    constants: tuple[tuple[str, Constant], ...]
+    warps: int
+    stages: int
+    pdl: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """For an index of kernels."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Variant:
+        """From an index of kernels."""
+        constants = tuple((name, value) for name, value in entry["constants"])
+        return cls(**{**entry, "types": tuple(entry["types"]), "constants": constants})
+
+
+class Launch(ABC):
+    """Starts kernels on the current stream."""
+
+    dependent: bool = False
+    """Whether kernels are launched with `PDL` (programmatic dependent launch): sm_90 and newer."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        args: tuple[Argument, ...],
+        constants: Mapping[str, Constant],
+        warps: int = 4,
+        stages: int = 2,
+        pdl: bool = False,
+    ) -> None:
+        """Start a kernel.
+
+        Args:
+            kernel: 'module.function' in `runtime.kernels`.
+            grid: programs along up to three axes.
+            args: run-time arguments: tensors (as pointers), int32, fp32, or None for a pointer that is absent.
+            constants: the other parameters, by name; `PDL` is added where the kernel is launched so.
+            pdl: the kernel knows `PDL`.
+        """
+
+
+def type_of(argument: Argument) -> str:
+    """A run-time argument's type in Triton's words."""
+    if isinstance(argument, Tensor):
+        return POINTERS[argument.dtype]
+    if argument is None:
+        return "none"
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def with_pdl(constants: Mapping[str, Constant], pdl: bool, dependent: bool) -> dict[str, Constant]:
+    """The constants of a launch: kernels that know `PDL` are told whether they are launched so."""
+    return {**constants, "PDL": dependent} if pdl else dict(constants)
+
+
+@cache
+def kernel_function(kernel: str) -> Any:
+    """The Triton function called 'module.function'; imports Triton."""
+    module, function = kernel.split(".")
+    return getattr(import_module(f"trtx.runtime.kernels.{module}"), function)
+
+
+class JitLaunch(Launch):
+    """Triton's own way: compiled at the first launch on a GPU, interpreted on a CPU under TRITON_INTERPRET=1."""
+
+    def __init__(self, dependent: bool = False) -> None:
+        self.dependent = dependent
+
+    def __call__(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        args: tuple[Argument, ...],
+        constants: Mapping[str, Constant],
+        warps: int = 4,
+        stages: int = 2,
+        pdl: bool = False,
+    ) -> None:
+        chosen = with_pdl(constants, pdl, self.dependent)
+        extra = {"launch_pdl": True} if pdl and self.dependent else {}
+        kernel_function(kernel)[grid](*args, **chosen, num_warps=warps, num_stages=stages, **extra)
+
+
+@dataclass
+class RecordLaunch(Launch):
+    """Notes down which variants are launched; on meta tensors nothing else happens."""
+
+    dependent: bool = False
+    variants: dict[Variant, None] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        args: tuple[Argument, ...],
+        constants: Mapping[str, Constant],
+        warps: int = 4,
+        stages: int = 2,
+        pdl: bool = False,
+    ) -> None:
+        chosen = with_pdl(constants, pdl, self.dependent)
+        types = tuple(map(type_of, args))
+        self.variants[Variant(kernel, types, tuple(sorted(chosen.items())), warps, stages, pdl and self.dependent)] = None

@@ -1,0 +1,232 @@
+"""The op set of the cuda backend: trtx's kernels, cuBLAS for large products, plain torch for what is rare.
+
+It runs wherever its `Launch` does: on a GPU from cubins, on a CPU in Triton's interpreter (tests), and on meta tensors
+while `trtx build` notes down which kernels an engine needs. No word waits for the GPU, so that a step can be captured
+in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from trtx.converters.spec import Activation, ModelSpec, MoE, Rope
+from trtx.quantize.weight import LinearWeight
+from trtx.runtime.cuda import attention, elementwise, linear
+from trtx.runtime.cuda import experts as grouped
+from trtx.runtime.cuda.attention import AttentionStep, HeadNorm, Slopes
+from trtx.runtime.cuda.launch import Launch
+from trtx.runtime.cuda.linear import CudaLinear
+from trtx.runtime.cuda.step import CudaStep
+from trtx.runtime.ops.base import Heads, Mlp
+from trtx.runtime.ops.rotary import frequencies_for
+from trtx.runtime.ops.torch_ops import ResidentLinear, ResidentNorm, TorchOps
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer.
+
+    Attributes:
+        gate_up: [experts, 2 * I, H], the gate's rows first; [experts, I, H] without a gate.
+        gate_up_bias: [experts, rows of gate_up], or None.
+        down: [experts, H, I].
+        down_bias: [experts, H], or None.
+    """
+
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+def is_expert(name: str) -> bool:
+    """Whether a linear belongs to an expert, which is kept as it is stored."""
+    return ".experts." in name
+
+
+def _stacked(linears: Sequence[ResidentLinear], experts: int) -> tuple[Tensor, Tensor | None]:
+    """Weights [experts, O, I] and biases of linears, as many in a row as an expert has of them."""
+    weight = torch.stack([part.weight for part in linears]).unflatten(0, (experts, -1)).flatten(1, 2)
+    if linears[0].bias is None:
+        return weight, None
+    bias = torch.stack([cast(Tensor, part.bias) for part in linears])
+    return weight, bias.unflatten(0, (experts, -1)).flatten(1, 2)
+
+
+class CudaOps(TorchOps):
+    """trtx's kernels on one device.
+
+    Args:
+        launch: starts them.
+        laid_out: linears come in kernel layout, as an engine stores them; else they are brought into it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_positions: int,
+        launch: Launch,
+        laid_out: bool = True,
+    ) -> None:
+        super().__init__(spec, dtype, device, max_positions)
+        self.launch = launch
+        self.laid_out = laid_out
+        self._rotations: dict[Rope, tuple[Tensor, Tensor]] = {}
+        self._alibi = Slopes.of(spec.alibi, spec.num_heads, self.device) if spec.alibi else None
+
+    # Weights.
+
+    def load_linear(self, weight: LinearWeight) -> CudaLinear | ResidentLinear:
+        if is_expert(weight.name):
+            return super().load_linear(weight)
+        tensors = {suffix: tensor.to(self.device) for suffix, tensor in weight.tensors.items()}
+        if not self.laid_out:
+            moved = LinearWeight(weight.name, weight.format, tensors, weight.parts, weight.split)
+            tensors = linear.kernel_layout(moved, self.dtype)
+        return linear.resident(weight.name, weight.format, tensors, weight.rows, self.dtype)
+
+    def load_experts(self, experts: Sequence[Mlp]) -> Experts:
+        """Stacked, layer by layer: for a moment the experts of one layer are there twice."""
+        gate_up = [part for mlp in experts for part in mlp.gate_up]
+        down = [mlp.down for mlp in experts]
+        return Experts(*_stacked(gate_up, len(experts)), *_stacked(down, len(experts)))
+
+    def tie(self, table: Tensor) -> CudaLinear:
+        return linear.dense("lm_head", table, (len(table),))
+
+    # Words with kernels.
+
+    def embed(self, step: CudaStep, table: Tensor, scale: float = 1.0) -> Tensor:
+        return elementwise.embed(self.launch, step.token_ids, table, scale)
+
+    def norm(self, x: Tensor, weight: ResidentNorm) -> Tensor:
+        return elementwise.norm(self.launch, x, weight)
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: ResidentNorm) -> tuple[Tensor, Tensor]:
+        return elementwise.add_norm(self.launch, x, delta, weight)
+
+    def linear(self, x: Tensor, weight: CudaLinear | ResidentLinear) -> Tensor:
+        if isinstance(weight, ResidentLinear):
+            return super().linear(x, weight)
+        return linear.linear(self.launch, x, weight)
+
+    def split(self, y: Tensor, weight: CudaLinear) -> Sequence[Tensor]:
+        return y.split(weight.rows, dim=-1)
+
+    def mlp(self, x: Tensor, weights: Mlp, activation: Activation) -> Tensor:
+        group = weights.gate_up
+        if len(group) == 1 and len(group[0].rows) == 2:
+            return self.linear(linear.gated(self.launch, x, group[0], activation), weights.down)
+        return super().mlp(x, weights, activation)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Tensor:
+        cache, spec = step.cache, self.spec
+        keys, values = cache.arrays(layer)
+        table = step.attention.tables[cache.group(layer)]
+        k_scale, v_scale = cache.scales(layer)
+        q, k, v = (part.unflatten(-1, (-1, heads.size)) for part in (q, k, v))
+        rotated = attention.rotate_and_store(
+            self.launch,
+            q,
+            k,
+            v,
+            rotation=self.rotation(heads.rope) if heads.rope else None,
+            rope_dim=heads.rope.dim if heads.rope else 0,
+            q_norm=_head_norm(heads.q_norm, heads.unit_eps),
+            k_norm=_head_norm(heads.k_norm, heads.unit_eps),
+            norm_after_rope=heads.unit_eps is not None,
+            query_scaling=(heads.scaling.floor, heads.scaling.scale) if heads.scaling else None,
+            step=step.attention,
+            table=table,
+            keys=keys,
+            values=values,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        return attention.attention(
+            self.launch,
+            rotated,
+            keys,
+            values,
+            step.attention,
+            table,
+            scale=spec.attention_scale_of(layer),
+            window=spec.windows[layer],
+            chunked=spec.chunked,
+            softcap=spec.attention_softcap,
+            sinks=heads.sinks,
+            alibi=self._alibi,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+
+    def rope(self, x: Tensor, rope: Rope, step: CudaStep) -> Tensor:
+        """For latents; elsewhere `attend` rotates."""
+        cos, sin = (table[step.positions].unsqueeze(1) for table in self.rotation(rope))
+        first, second = x[..., : rope.dim].float().chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        return turned if rope.dim == x.shape[-1] else torch.cat([turned, x[..., rope.dim :]], dim=-1)
+
+    def latent_attention(
+        self, q: Tensor, latent: Tensor, k_rope: Tensor, k_up: Tensor, v_up: Tensor, layer: int, step: Any
+    ) -> Tensor:
+        """In its absorbed form, as in `TorchOps`."""
+        heads, rotated, rank = q.shape[1], k_rope.shape[-1], latent.shape[-1]
+        rope, rest = q.split([rotated, q.shape[-1] - rotated], dim=-1)
+        absorbed = torch.einsum("thd,hdr->thr", rest, k_up.view(heads, -1, rank))
+        cache = cast(CudaStep, step).cache
+        (latents,) = cache.arrays(layer)
+        table = step.attention.tables[cache.group(layer)]
+        self._store(torch.cat([latent, k_rope[:, 0]], dim=-1), latents, step.attention, table)
+        queries = torch.cat([absorbed, rope], dim=-1)
+        scale = self.spec.attention_scale_of(layer)
+        attended = attention.latent_attention(
+            self.launch, queries, latents, step.attention, table, scale=scale, rank=rank
+        )
+        return torch.einsum("thr,hdr->thd", attended, v_up.view(heads, -1, rank)).flatten(1)
+
+    def route(self, x: Tensor, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
+        return grouped.route(self.launch, x, router, correction, moe)
+
+    def experts(
+        self, x: Tensor, routing: tuple[Tensor, Tensor], experts: Any, activation: Activation, weighs_input: bool
+    ) -> Tensor:
+        """Weights of quantized experts are dequantized when they are loaded, and their inputs are not rounded."""
+        biases = experts.gate_up_bias, experts.down_bias
+        return grouped.experts(
+            self.launch, x, *routing, experts.gate_up, experts.down, biases, activation, weighs_input
+        )
+
+    def rows(self, x: Tensor, step: CudaStep) -> Tensor:
+        return x if step.rows is None else x.index_select(0, step.rows)
+
+    def _store(self, rows: Tensor, latents: Tensor, step: AttentionStep, table: Tensor) -> None:
+        """Put a row [T, rank + rope_dim] for each token into the cache; block 0 takes those of no sequence."""
+        size = latents.shape[2]
+        owner, position = step.sequence.clamp(min=0).long(), step.positions.long()
+        block = table[owner, position // size].long()
+        block = torch.where(step.sequence < 0, 0, block)
+        latents.view(-1, latents.shape[-1]).index_copy_(0, block * size + position % size, rows)
+
+    def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, [max_positions, rope.dim / 2] in fp32."""
+        if rope not in self._rotations:
+            frequencies, factor = frequencies_for(rope, self.max_positions)
+            angles = torch.outer(torch.arange(self.max_positions).float(), frequencies)
+            cos, sin = ((part * factor).to(self.device) for part in (angles.cos(), angles.sin()))
+            self._rotations[rope] = cos, sin
+        return self._rotations[rope]
+
+
+def _head_norm(norm: ResidentNorm | None, unit_eps: float | None) -> HeadNorm | None:
+    """What is done to each head: a norm with a weight, or one without."""
+    if norm is not None:
+        return HeadNorm(norm.weight, norm.bias, norm.norm.eps, norm.norm.kind)
+    return None if unit_eps is None else HeadNorm(None, None, unit_eps, "unit")

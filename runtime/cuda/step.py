@@ -1,0 +1,221 @@
+"""A step on the GPU: packed tokens, and what attention needs to know of their sequences.
+
+What changes from step to step travels in two copies: numbers of tokens and sequences, and block tables. A runner holds
+their tensors at fixed addresses, since captured graphs read them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.cuda.attention import AttentionStep, query_tile, tiles_of
+from trtx.runtime.cuda.kv_cache import CudaKVCache
+from trtx.runtime.cuda.launch import Launch
+
+
+@dataclass
+class CudaStep:
+    """What the words of the op set read of a step.
+
+    Attributes:
+        token_ids, positions: [T] int32.
+        rows: [R] int32, the tokens that want logits; None: all of them.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    rows: Tensor | None
+    attention: AttentionStep
+    cache: CudaKVCache
+
+
+class Mailbox:
+    """A tensor of int32 on the device, and pinned copies of it on the host, one for each step that may be in flight.
+
+    A step may be put together when the one before the last has been read.
+    """
+
+    IN_FLIGHT = 2
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.device = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(self.IN_FLIGHT)]
+        self._turn = 0
+
+    @property
+    def host(self) -> np.ndarray:
+        """Where the numbers of the next `send` are put."""
+        return self._hosts[self._turn].numpy()
+
+    def send(self, count: int | None = None) -> None:
+        """Copy the first `count` rows to the device, behind what its stream does now."""
+        self.device[:count].copy_(self._hosts[self._turn][:count], non_blocking=True)
+        self._turn = (self._turn + 1) % self.IN_FLIGHT
+
+
+class StepInputs:
+    """Fixed places on the device for the numbers of a step.
+
+    Args:
+        tokens, batch: the most tokens and sequences of a step.
+    """
+
+    FIELDS = ("ids", "sources", "positions", "lengths", "sequence", "starts", "rows", "tiles")
+
+    def __init__(self, tokens: int, batch: int, device: torch.device) -> None:
+        sizes = dict.fromkeys(self.FIELDS, tokens)
+        sizes.update(lengths=batch, starts=batch + 1, tiles=2 * (tokens + batch))
+        self._places: dict[str, slice] = {}
+        start = 0
+        for name, size in sizes.items():
+            self._places[name] = slice(start, start + size)
+            start += -(-size // 4) * 4  # pointers are multiples of 16 bytes
+        self._mailbox = Mailbox((start,), device)
+
+    def field(self, name: str, count: int) -> Tensor:
+        """The first `count` numbers of a field, on the device."""
+        return self._mailbox.device[self._places[name]][:count]
+
+    def fill(self, values: dict[str, Sequence[int] | np.ndarray]) -> None:
+        """Send the numbers of the next step on their way; all that stands before the last field given is sent."""
+        host, end = self._mailbox.host, 0
+        for name, numbers in values.items():
+            start = self._places[name].start
+            host[start : start + len(numbers)] = numbers
+            end = max(end, start + len(numbers))
+        self._mailbox.send(end)
+
+
+class BlockTables:
+    """The block tables of the running sequences on the device.
+
+    Attributes:
+        device: per KV group [batch, width] int32.
+
+    Args:
+        batch, width: the most sequences of a step and blocks of a sequence.
+        groups: KV groups.
+    """
+
+    def __init__(self, batch: int, groups: int, width: int, device: torch.device) -> None:
+        self._mailboxes = [Mailbox((batch, width), device) for _ in range(groups)]
+        self.device = [mailbox.device for mailbox in self._mailboxes]
+        self._mirrors = [np.zeros((batch, width), dtype=np.int32) for _ in range(groups)]
+        self._held: list[tuple[tuple[Sequence[int], ...], int]] = [((), 0)] * batch
+
+    def fill(self, batch: Sequence[SequenceSlice]) -> None:
+        """Send the tables of the next step, if they have changed.
+
+        A sequence's table only grows at its end. Entries before its window turn to 0, which nobody reads: they are
+        left as they were.
+        """
+        changed = False
+        for row, piece in enumerate(batch):
+            known, count = self._held[row]
+            tables = piece.tables
+            length = len(tables[0])
+            same = len(known) == len(tables) and all(old is new for old, new in zip(known, tables, strict=True))
+            if same and length == count:
+                continue
+            first = count if same and length > count else 0
+            for mirror, table in zip(self._mirrors, tables, strict=True):
+                mirror[row, first:length] = table[first:]
+            self._held[row] = tables, length
+            changed = True
+        if changed:
+            for mailbox, mirror in zip(self._mailboxes, self._mirrors, strict=True):
+                mailbox.host[: len(batch)] = mirror[: len(batch)]
+                mailbox.send(len(batch))
+
+
+class StepMaker:
+    """Makes the steps of one engine.
+
+    Args:
+        inputs: where the numbers of steps stand.
+        heads: query heads.
+        itemsize: bytes of a number of the compute dtype.
+    """
+
+    def __init__(self, inputs: StepInputs, tables: BlockTables, cache: CudaKVCache, heads: int, itemsize: int) -> None:
+        self._inputs, self._tables, self._cache = inputs, tables, cache
+        layout = cache.layout
+        self._tile = query_tile(heads, layout.kv_heads, layout.head_dim, itemsize)
+        batch, device = len(tables.device[0]), tables.device[0].device
+        # A program's counter each, however few query heads a program takes.
+        self._counters = torch.zeros(batch * heads, dtype=torch.int32, device=device)
+        self._every = torch.arange(batch + 1, dtype=torch.int32, device=device)
+
+    def decodes(self, count: int, token_ids: Tensor) -> CudaStep:
+        """A step of `count` sequences with one token each, as captured in a graph; see `fill_decodes`."""
+        inputs = self._inputs
+        attention = AttentionStep(
+            positions=inputs.field("positions", count),
+            sequence=inputs.field("sequence", count),
+            starts=self._every[: count + 1],
+            lengths=inputs.field("lengths", count),
+            tables=[table[:count] for table in self._tables.device],
+            tiles=self._every.new_empty(0, 2),
+            decodes=count,
+            counters=self._counters,
+        )
+        return CudaStep(token_ids, attention.positions, None, attention, self._cache)
+
+    def mixed(self, batch: Sequence[SequenceSlice], token_ids: Tensor) -> CudaStep:
+        """A step of decodes and prefill chunks, decodes first; its tokens will stand at `token_ids`."""
+        inputs = self._inputs
+        counts = [len(piece.tokens) for piece in batch]
+        ends = np.cumsum(counts)
+        total, decodes = int(ends[-1]), sum(count == 1 for count in counts)
+        rows = [row for piece, end in zip(batch, ends, strict=True) for row in range(end - piece.logits, end)]
+        tiles = tiles_of(counts, decodes, self._tile)
+        inputs.fill(
+            {
+                "ids": np.concatenate([np.asarray(piece.tokens, dtype=np.int32) for piece in batch]),
+                "sources": [piece.source or 0 for piece in batch[:decodes]] + [0] * (total - decodes),
+                "positions": np.concatenate([np.arange(piece.start, piece.end, dtype=np.int32) for piece in batch]),
+                "lengths": [piece.end for piece in batch],
+                "sequence": np.repeat(np.arange(len(batch), dtype=np.int32), counts),
+                "starts": np.concatenate([[0], ends]),
+                "rows": rows,
+                "tiles": np.asarray(tiles, dtype=np.int32).ravel(),
+            }
+        )
+        attention = AttentionStep(
+            positions=inputs.field("positions", total),
+            sequence=inputs.field("sequence", total),
+            starts=inputs.field("starts", len(batch) + 1),
+            lengths=inputs.field("lengths", len(batch)),
+            tables=[table[: len(batch)] for table in self._tables.device],
+            tiles=inputs.field("tiles", 2 * len(tiles)).view(-1, 2),
+            decodes=decodes,
+            counters=self._counters,
+        )
+        return CudaStep(token_ids[:total], attention.positions, inputs.field("rows", len(rows)), attention, self._cache)
+
+
+def fill_decodes(inputs: StepInputs, batch: Sequence[SequenceSlice], count: int) -> None:
+    """The numbers of a step of single tokens, padded to `count` sequences without any."""
+    size = len(batch)
+    ids, sources, positions, lengths, sequence = np.zeros((5, count), dtype=np.int32)
+    ids[:size] = [piece.tokens[0] for piece in batch]
+    sources[:size] = [piece.source or 0 for piece in batch]
+    positions[:size] = [piece.start for piece in batch]
+    lengths[:size] = positions[:size] + 1
+    sequence[:size] = np.arange(size)
+    sequence[size:] = -1
+    inputs.fill({"ids": ids, "sources": sources, "positions": positions, "lengths": lengths, "sequence": sequence})
+
+
+def resolve(launch: Launch, inputs: StepInputs, count: int, last: Tensor, out: Tensor) -> None:
+    """Put the step's token ids into `out` [T], pending ones taken from `last`."""
+    block = 128
+    args = inputs.field("ids", count), inputs.field("sources", count), last, out, count
+    launch("step.resolve", (-(-count // block),), args, {"BLOCK": block}, pdl=True)

@@ -1,0 +1,338 @@
+"""Linears: few tokens times a resident weight, and what goes around a library's matrix product.
+
+`gemv*` multiply one token, `skinny*` up to 64. Both are bound by reading the weight, once. The `*4` kernels read
+weights of 4 bits as words of 8 (see `runtime.cuda.linear` for their order); `dequantize*` write a weight out for a
+library to multiply.
+
+Weights are [N, K] row-major; a gated linear has N gate rows, then N up rows.
+
+    INPUT    what is multiplied           y is scaled by
+    plain    x                            1
+    smooth   x * smooth, rounded          1
+    e4m3     e4m3(x / input scale)        input scale * weight scale: `scales` = (1 / input scale, the product)
+    int8     int8(x * smooth / …)         the same
+    codes    x, codes of a `quantize`     x_scale of the token
+
+    SCALE    of the weight: one | row: `scale` [rows]
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activate(x, KIND: tl.constexpr):
+    """An activation of `converters.spec.Activation` in fp32; NaN stays NaN."""
+    if KIND == "silu":
+        return x * tl.sigmoid(x)
+    elif KIND == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
+    else:
+        positive = tl.where(x < 0, 0.0, x)
+        return positive * positive if KIND == "relu2" else positive
+
+
+@triton.jit
+def _gate(gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """act(gate) * (up + OFFSET), gate cut off above LIMIT and up on both sides."""
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return _activate(gate, KIND) * (up + OFFSET)
+
+
+@triton.jit
+def _rounded(v, inverse, INPUT: tl.constexpr):
+    """v times inverse as the codes of INPUT, e4m3 or int8: saturating; in fp32."""
+    v = v * inverse
+    if INPUT == "e4m3":
+        return tl.clamp(v, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv).to(tl.float32)
+    else:  # adding 1.5 * 2^23 rounds to an integer, ties to even
+        return tl.clamp(v, -128.0, 127.0, propagate_nan=tl.PropagateNan.ALL) + 12582912.0 - 12582912.0
+
+
+@triton.jit
+def _multiplied(
+    v, smooth, inverse, k,
+    K: tl.constexpr, DTYPE: tl.constexpr, INPUT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Elements v of x, in fp32, as the weight is multiplied with them; k: their columns, all of them below K if WHOLE."""
+    if smooth is not None:
+        v *= _vector(smooth, k, K, WHOLE)
+    if INPUT == "smooth":
+        v = v.to(DTYPE).to(tl.float32)
+    if INPUT == "e4m3" or INPUT == "int8":
+        v = _rounded(v, inverse, INPUT)
+    return v
+
+
+@triton.jit
+def _vector(pointer, k, K: tl.constexpr, WHOLE: tl.constexpr):
+    """Elements k of [K] in fp32; 0 beyond the end."""
+    if WHOLE:
+        return tl.load(pointer + k).to(tl.float32)
+    else:
+        return tl.load(pointer + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _block(pointers, row, k, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A block of a weight [N, K]; 0 beyond its end."""
+    if N % ROWS == 0 and K % BLOCK_K == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(row < N)[:, None] & (k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _inverse(scales, INPUT: tl.constexpr):
+    """1 / input scale."""
+    if INPUT == "e4m3" or INPUT == "int8":
+        return tl.load(scales)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _finished(
+    y, n, m, inside, scale, scales, x_scale, bias,
+    INPUT: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Sums for outputs n (and tokens m: broadcast to each other) with their scales and the bias."""
+    if INPUT == "e4m3" or INPUT == "int8":
+        y *= tl.load(scales + 1)
+    if INPUT == "codes":
+        y *= tl.load(x_scale + m)
+    if SCALE == "row":
+        y *= tl.load(scale + n, mask=inside, other=0.0)
+    if bias is not None:
+        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def gemv(
+    x, weight, scale, scales, smooth, x_scale, bias, out,
+    N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [N] = x [K] times weight [N, K] (gated: [2N, K]) of a float dtype, e4m3 or int8; ROWS outputs a program.
+
+    The weight's first block is on its way while the kernel before still runs.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    tile = weight + tl.program_id(0).to(tl.int64) * ROWS * K + tl.arange(0, ROWS)[:, None] * K + k[None, :]
+    w = _block(tile, row, k, N, K, ROWS, BLOCK_K)
+    if GATED:
+        u = _block(tile + N * K, row, k, N, K, ROWS, BLOCK_K)
+    inverse = _inverse(scales, INPUT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    WHOLE: tl.constexpr = K % BLOCK_K == 0
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    v = _multiplied(_vector(x, k, K, WHOLE), smooth, inverse, k, K, DTYPE, INPUT, WHOLE)
+    sums = w.to(tl.float32) * v[None, :]
+    if GATED:
+        up_sums = u.to(tl.float32) * v[None, :]
+    for start in range(BLOCK_K, K, BLOCK_K):
+        at = start + k
+        w = _block(tile + start, row, at, N, K, ROWS, BLOCK_K)
+        if GATED:
+            u = _block(tile + N * K + start, row, at, N, K, ROWS, BLOCK_K)
+        v = _multiplied(_vector(x, at, K, WHOLE), smooth, inverse, at, K, DTYPE, INPUT, WHOLE)
+        sums += w.to(tl.float32) * v[None, :]
+        if GATED:
+            up_sums += u.to(tl.float32) * v[None, :]
+
+    inside = row < N
+    y = _finished(tl.sum(sums, 1), row, 0, inside, scale, scales, x_scale, bias, INPUT, SCALE)
+    if GATED:
+        up = _finished(tl.sum(up_sums, 1), N + row, 0, inside, scale, scales, x_scale, bias, INPUT, SCALE)
+        y = _gate(y, up, KIND, LIMIT, OFFSET)
+    tl.store(out + row, y, mask=inside)
+
+
+@triton.jit
+def skinny(
+    x, weight, scale, scales, smooth, x_scale, bias, out, partials, counters, M,
+    N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = x [M, K] times weight [N, K] (gated: [2N, K]), M up to BLOCK_M; BLOCK_N outputs a program.
+
+    The weight is the left operand: tensor cores want 64 of its rows, and few tokens fit any number of columns. SPLITS
+    programs share the K of a tile; see `_reduced`.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    offsets = tl.arange(0, BLOCK_K)
+    tile = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + tl.arange(0, BLOCK_N)[:, None] * K
+    inverse = _inverse(scales, INPUT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    WHOLE: tl.constexpr = K % BLOCK_K == 0
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    # e4m3 is multiplied as such where x is e4m3 too, other codes in x's dtype, which holds them exactly.
+    FP8: tl.constexpr = weight.dtype.element_ty == tl.float8e4nv and (INPUT == "e4m3" or INPUT == "codes")
+    MULTIPLIED: tl.constexpr = tl.float8e4nv if FP8 else DTYPE
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(1) * SHARE
+    for start in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
+        k = start + offsets
+        w = _block(tile + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
+        if WHOLE:
+            v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None], other=0.0)
+        else:
+            v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        if INPUT != "plain" and INPUT != "codes":
+            v = _multiplied(v.to(tl.float32), smooth, inverse, k[None, :], K, DTYPE, INPUT, WHOLE).to(MULTIPLIED)
+        v = tl.trans(v)
+        sums = tl.dot(w.to(MULTIPLIED), v, sums, max_num_imprecise_acc=BLOCK_K)
+        if GATED:
+            u = _block(tile + N * K + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
+            up_sums = tl.dot(u.to(MULTIPLIED), v, up_sums, max_num_imprecise_acc=BLOCK_K)
+    _reduced(
+        sums, up_sums, row, scale, scales, x_scale, bias, out, partials, counters, M,
+        N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _reduced(
+    sums, up_sums, row, scale, scales, x_scale, bias, out, partials, counters, M,
+    N: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Write the outputs of a tile; of its SPLITS programs the last to arrive adds up the sums of all, in their order.
+
+    partials: [tiles, SPLITS, 1 or 2, BLOCK_N, BLOCK_M] in fp32; counters: [tiles], zeros before and after.
+    """
+    if SPLITS == 1:
+        _write(
+            sums, up_sums, row, scale, scales, x_scale, bias, out, M,
+            N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M,
+        )  # fmt: skip
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        EACH: tl.constexpr = SIZE * (2 if GATED else 1)
+        within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        shares = partials + tl.program_id(0).to(tl.int64) * SPLITS * EACH + within
+        tl.store(shares + tl.program_id(1) * EACH, sums)
+        if GATED:
+            tl.store(shares + tl.program_id(1) * EACH + SIZE, up_sums)
+        tl.debug_barrier()  # all threads have stored before one says so
+        arrived = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            sums = tl.load(shares, cache_modifier=".cg")
+            if GATED:
+                up_sums = tl.load(shares + SIZE, cache_modifier=".cg")
+            for split in range(1, SPLITS):
+                sums += tl.load(shares + split * EACH, cache_modifier=".cg")
+                if GATED:
+                    up_sums += tl.load(shares + split * EACH + SIZE, cache_modifier=".cg")
+            tl.store(counters + tl.program_id(0), 0)
+            _write(
+                sums, up_sums, row, scale, scales, x_scale, bias, out, M,
+                N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M,
+            )  # fmt: skip
+
+
+@triton.jit
+def _write(
+    sums, up_sums, row, scale, scales, x_scale, bias, out, M,
+    N: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    n, m = row[:, None], tl.arange(0, BLOCK_M)[None, :]
+    inside = n < N
+    token = tl.minimum(m, M - 1)
+    y = _finished(sums, n, token, inside, scale, scales, x_scale, bias, INPUT, SCALE)
+    if GATED:
+        up = _finished(up_sums, N + n, token, inside, scale, scales, x_scale, bias, INPUT, SCALE)
+        y = _gate(y, up, KIND, LIMIT, OFFSET)
+    tl.store(out + m * N + n, y, mask=inside & (m < M))
+
+
+@triton.jit
+def gated_activation(
+    y, out,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [T, WIDTH] = act(gate) * (up + OFFSET) for y [T, 2 * WIDTH], gate and up side by side. Grid: T, blocks."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pair = y + tl.program_id(0).to(tl.int64) * 2 * WIDTH + i
+    gate = tl.load(pair, mask=i < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(pair + WIDTH, mask=i < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(0).to(tl.int64) * WIDTH + i, _gate(gate, up, KIND, LIMIT, OFFSET), mask=i < WIDTH)
+
+
+@triton.jit
+def multiplied(
+    x, scales, smooth, out,
+    K: tl.constexpr, INPUT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [T, K]: x as INPUT says: smoothed, or codes of e4m3 or int8. Grid: T, blocks."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inverse = _inverse(scales, INPUT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * K
+    v = tl.load(x + row + k, mask=k < K, other=0.0).to(tl.float32)
+    v = _multiplied(v, smooth, inverse, k, K, x.dtype.element_ty, INPUT, K % BLOCK == 0)
+    tl.store(out + row + k, v, mask=k < K)
+
+
+@triton.jit
+def by_token(x, out, x_scale, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """E4M3 codes out [T, K] of x, with a scale a token: x_scale [T]. Grid: T."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * K
+    k = tl.arange(0, BLOCK)
+    v = tl.load(x + row + k, mask=k < K, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(v), 0)
+    scale = tl.where(largest == 0, 1.0, largest / 448.0)
+    tl.store(x_scale + tl.program_id(0), scale)
+    tl.store(out + row + k, _rounded(v, 1 / scale, "e4m3"), mask=k < K)
+
+
+@triton.jit
+def dequantize(
+    weight, scale, out,
+    K: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The weight [N, K] that codes of 8 bits stand for. Grid: N, blocks."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * K
+    w = tl.load(weight + row + k, mask=k < K, other=0.0).to(tl.float32)
+    w *= tl.load(scale + tl.program_id(0)) if SCALE == "row" else tl.load(scale)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    tl.store(out + row + k, w, mask=k < K)

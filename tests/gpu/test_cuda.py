@@ -1,0 +1,143 @@
+"""The cuda backend on a GPU: every family, whole engines, nothing compiled when they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.converters.tiny import FIRST, checkpoint_of
+from tests.runtime.models import GREEDY, assert_greedy, engine_of, random_model
+from tests.runtime.test_smollm2 import PROMPTS
+from trtx.converters.convert import convert
+from trtx.runtime.llm import LLM
+from trtx.runtime.request import FinishReason, Request
+from trtx.runtime.sampling import SamplingParams
+from trtx.runtime.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.gpu
+
+SHIPPED = Path(os.environ.get("TRTX_SHIPPED_ENGINE", "/tmp/ship/engine"))
+"""An engine that was built on a machine without a GPU; see tests/gpu/ship_engine.sh."""
+
+ALONE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("an engine is run without Triton")
+sys.meta_path.insert(0, Refuse())
+from trtx.cli.app import main
+main()
+"""
+
+
+def run_alone(*arguments: object) -> str:
+    """Run a command where Triton can't be imported and no compiler is found; returns its standard output."""
+    environment = {**os.environ, "PATH": "/nonexistent", "CC": "/nonexistent/cc", "CUDA_HOME": "/nonexistent"}
+    command = [sys.executable, "-c", ALONE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "checkpoint"
+    convert(str(smollm2_gguf), out, dtype="fp32")
+    return out
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_tokens_of_tiny_models_are_transformers(family: str, tmp_path: Path) -> None:
+    """fp32, batched in flight with chunked prefill and scarce blocks, decode steps from graphs."""
+    model = random_model(FIRST[family])
+    checkpoint = checkpoint_of(model, tmp_path)
+    settings = {"gpu": "auto", "backend": "cuda", "max_num_tokens": 24, "kv_cache_memory": 192 << 10}
+    llm = LLM(engine_of(checkpoint, tmp_path / "engine", **settings))
+    rng = random.Random(family)
+    prompts = [[rng.randrange(80) for _ in range(rng.randrange(1, 60))] for _ in range(20)]
+    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
+        assert_greedy(model, prompt, completion.token_ids)
+
+
+def test_engine_runs_without_triton_or_a_compiler(smollm2, smollm2_reference, tmp_path):
+    """Built here, and one that came from a machine without a GPU."""
+    built = engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="fp32")
+    tokenizer = Tokenizer.load(smollm2)
+    options = ["--temperature", 0, "--max-tokens", 32, "--ignore-eos", "--json"]
+    for engine in [built, *([SHIPPED] if SHIPPED.exists() else [])]:
+        for prompt in PROMPTS[:3]:
+            answer = json.loads(run_alone("run", engine, prompt, *options))
+            if engine is built:
+                assert_greedy(smollm2_reference, tokenizer.encode(prompt), answer["token_ids"])
+            assert len(answer["token_ids"]) == 32
+
+
+def test_mixed_requests_with_cancellations_leave_nothing_behind(smollm2, tmp_path):
+    """200 requests, greedy and drawn, with penalties, n > 1 and stops, some cancelled: all end, all blocks are free."""
+    llm = LLM(engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="bf16"))
+    rng, ended, open_ids = random.Random(0), set(), []
+    executor = llm.executor
+    for number in range(200):
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, 40), temperature=rng.choice([0, 0, 0.8]), top_p=rng.choice([1, 0.9]),
+            presence_penalty=rng.choice([0, 0, 0, 0.5]), n=rng.choice([1, 1, 3]), ignore_eos=rng.random() < 0.5,
+            logprobs=rng.choice([None, None, 2]), seed=number,
+        )  # fmt: skip
+        prompt = tuple(rng.randrange(1000) for _ in range(rng.randrange(1, 80)))
+        executor.add(Request(str(number), prompt, params))
+        open_ids.append(str(number))
+        for _ in range(rng.randrange(3)):
+            ended |= {(event.request, event.index) for event in executor.step() if event.finish}
+        if rng.random() < 0.15:
+            executor.cancel(rng.choice(open_ids))
+    finishes = []
+    while executor.has_work:
+        for event in executor.step():
+            if event.finish:
+                finishes.append(event.finish)
+                ended.add((event.request, event.index))
+    assert FinishReason.ERROR not in finishes
+    assert {request for request, _ in ended} == {str(number) for number in range(200)}
+    assert executor.blocks.pool.used == 0
+    executor.blocks.pool.check_integrity()
+
+
+def test_bf16_is_as_near_to_fp32_as_transformers_bf16(smollm2, smollm2_reference, tmp_path, record_property):
+    """Teacher-forced: how often the likeliest token in bf16 is that of fp32, on the fp32 model's own continuations."""
+    llm = LLM(engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="bf16"))
+    tokenizer = Tokenizer.load(smollm2)
+    reference = smollm2_reference.cuda()
+    half = type(reference)(reference.config).to("cuda", torch.bfloat16).eval()
+    half.load_state_dict(reference.state_dict())
+    mine = theirs = total = 0
+    once = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        with torch.inference_mode():
+            whole = reference.generate(torch.tensor([ids], device="cuda"), do_sample=False, max_new_tokens=48)[0].tolist()
+            right = reference(torch.tensor([whole], device="cuda")).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+            other = half(torch.tensor([whole], device="cuda")).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+        prefixes = [whole[:end] for end in range(len(ids), len(whole))]
+        ours = [completion.token_ids[0] for completion in llm.generate(prefixes, once)]
+        total += len(right)
+        mine += sum(a == b for a, b in zip(ours, right, strict=True))
+        theirs += sum(a == b for a, b in zip(other, right, strict=True))
+    reference.cpu()
+    record_property("agreement_percent", round(100 * mine / total, 2))
+    record_property("transformers_agreement_percent", round(100 * theirs / total, 2))
+    assert mine >= theirs - 0.005 * total
+
+
+def test_shipped_engine_is_of_a_machine_without_a_gpu():
+    if not SHIPPED.exists():
+        pytest.skip("no engine was shipped")
+    versions = json.loads((SHIPPED / "engine.json").read_text())["fingerprint"]["versions"]
+    assert "cuda" not in versions, "torch there has no CUDA"

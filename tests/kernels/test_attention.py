@@ -1,0 +1,422 @@
+"""Attention kernels against softmax(QKᵀ)V, written out in fp32 one sequence at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.interpreter import mend
+from trtx.converters.spec import Alibi
+from trtx.runtime.cuda.attention import (
+    AttentionStep,
+    HeadNorm,
+    Slopes,
+    attention,
+    latent_attention,
+    query_tile,
+    rotate_and_store,
+    tiles_of,
+)
+from trtx.runtime.cuda.launch import Launch
+from trtx.runtime.ops.torch_attention import alibi_bias
+
+E4M3 = torch.float8_e4m3fn
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+"""Of ‖out - expected‖ / ‖expected‖."""
+
+if not torch.cuda.is_available():
+    mend()
+
+
+@dataclass
+class World:
+    """Sequences of given KV lengths and numbers of new tokens, and a cache full of NaN but for their past.
+
+    Attributes:
+        past: each sequence's keys and values (or latents) [length, kv_heads, dim] in fp32, as they are read back.
+    """
+
+    step: AttentionStep
+    arrays: list[Tensor]
+    past: list[list[Tensor]]
+    q_lens: list[int]
+    lengths: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.q_lens)
+
+
+def world(
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: list[int],
+    q_lens: list[int],
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 64,
+    block_size: int = 16,
+    scales: tuple[float, float] = (1.0, 1.0),
+    cached: torch.dtype | None = None,
+    arrays: int = 2,
+    spare: int = 0,
+    first_seen: int = 0,
+) -> World:
+    """Everything is cached already, also the new tokens.
+
+    Args:
+        cached: what the cache is in.
+        spare: padding sequences and tokens at the end of the decodes.
+        first_seen: blocks before it are given back.
+    """
+    cached = cached or dtype
+    generator = torch.Generator().manual_seed(len(lengths) * 1000 + dim)
+    width = max(-(-length // block_size) for length in lengths) + 2
+    blocks = 1 + len(lengths) * width
+    order = (1 + torch.randperm(blocks - 1, generator=generator)).tolist()
+    tables = torch.zeros(len(lengths) + spare, width, dtype=torch.int32)
+    store = [torch.full((blocks, kv_heads, block_size, dim), float("nan")) for _ in range(arrays)]
+    past: list[list[Tensor]] = []
+    for index, length in enumerate(lengths):
+        rows = [torch.randn(length, kv_heads, dim, generator=generator) for _ in range(arrays)]
+        rows = [(row / scale).to(cached) for row, scale in zip(rows, scales, strict=False)]
+        for block in range(first_seen // block_size, -(-length // block_size)):
+            tables[index, block] = order.pop()
+            some = slice(block * block_size, (block + 1) * block_size)
+            for array, row in zip(store, rows, strict=True):
+                part = row[some].float().transpose(0, 1)
+                array[tables[index, block], :, : part.shape[1]] = part
+        past.append([row.float() * scale for row, scale in zip(rows, scales, strict=False)])
+    decodes = next((i for i, count in enumerate(q_lens) if count > 1), len(q_lens))
+    assert not spare or decodes == len(q_lens)
+    positions = [length - count + i for length, count in zip(lengths, q_lens, strict=True) for i in range(count)]
+    owners = [index for index, count in enumerate(q_lens) for _ in range(count)]
+    starts = torch.tensor([0, *q_lens, *[1] * spare]).cumsum(0)
+    tile = query_tile(heads, kv_heads, dim, dtype.itemsize)
+    tiles = [*tiles_of(q_lens, decodes, tile), (-1, 0)] if decodes < len(q_lens) else []
+
+    def ids(values: object) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int32).to(device)
+
+    step = AttentionStep(
+        positions=ids(positions + [0] * spare),
+        sequence=ids(owners + [-1] * spare),
+        starts=ids(starts),
+        lengths=ids(lengths + [0] * spare),
+        tables=[ids(tables)],
+        tiles=ids(tiles).view(-1, 2),
+        decodes=decodes + spare,
+        counters=ids([0] * ((len(lengths) + spare) * heads)),
+    )
+    return World(step, [array.to(device, cached) for array in store], past, q_lens, lengths)
+
+
+def expected_attention(
+    w: World,
+    q: Tensor,
+    scale: float,
+    window: int | None = None,
+    chunked: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    value_dim: int | None = None,
+) -> Tensor:
+    """[T, heads, value_dim] in fp32; bias [heads, positions]."""
+    outputs, first = [], 0
+    for (keys, *rest), count, length in zip(w.past, w.q_lens, w.lengths, strict=True):
+        values = (rest[0] if rest else keys)[..., :value_dim]
+        queries = q[first : first + count].float().cpu()
+        first += count
+        heads = queries.shape[1]
+        keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias[:, None, :length]
+        at, to = torch.arange(length - count, length)[:, None], torch.arange(length)[None, :]
+        seen = to <= at
+        if window:
+            seen &= to >= at // window * window if chunked else to > at - window
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.cpu().view(-1, 1, 1).expand(-1, count, 1)], dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :length], values))
+    return torch.cat(outputs)
+
+
+def queries(w: World, dtype: torch.dtype, device: torch.device, heads: int = 4, dim: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(len(w.step.positions), heads, dim, generator=generator).to(device, dtype)
+
+
+def run(launch: Launch, w: World, q: Tensor, scales: tuple[float, float] = (1.0, 1.0), **options: object) -> Tensor:
+    """The kernel's answer, [T, heads, dim], where torch gives memory full of NaN."""
+    settings = {
+        "scale": q.shape[-1] ** -0.5, "window": None, "chunked": False, "softcap": None, "sinks": None, "alibi": None,
+    } | options  # fmt: skip
+    keys, values = w.arrays
+    table = w.step.tables[0]
+    out = attention(launch, q, keys, values, w.step, table, **settings, k_scale=scales[0], v_scale=scales[1])
+    assert not w.step.counters.any()
+    return out.view(len(q), q.shape[1], -1)
+
+
+def check(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    error = (out.float().cpu() - expected).norm() / expected.norm()
+    assert error < TOLERANCES[dtype], error
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` gives NaN."""
+    empty = torch.empty
+
+    def nan(*args: object, **kwargs: object) -> Tensor:
+        return empty(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).split(".")[1])
+
+
+def expected_rotation(
+    x: Tensor,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    rope_dim: int,
+    norm: HeadNorm | None,
+    norm_after_rope: bool,
+) -> Tensor:
+    """x [T, heads, dim] in fp32, normalized and rotated."""
+
+    def normed(y: Tensor) -> Tensor:
+        assert norm is not None
+        y = y - y.mean(-1, keepdim=True) if norm.kind == "layer" else y
+        y = y / (y.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        y = y if norm.weight is None else y * norm.weight.float()
+        return y if norm.bias is None else y + norm.bias.float()
+
+    y = x.float()
+    if norm and not norm_after_rope:
+        y = normed(y)
+    if rotation:
+        cos, sin = (table[positions.long(), None] for table in rotation)
+        first, second, rest = y.split([rope_dim // 2, rope_dim // 2, y.shape[-1] - rope_dim], dim=-1)
+        y = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    return normed(y) if norm and norm_after_rope else y
+
+
+def random_norm(device: torch.device, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> HeadNorm:
+    weight = (1 + torch.randn(shape) / 4).to(device, dtype)
+    return HeadNorm(weight, torch.randn(shape).to(device, dtype) if kind == "layer" else None, 1e-5, kind)
+
+
+class TestRotateAndStore:
+    HEADS, KV_HEADS = 6, 3
+
+    def run(
+        self,
+        launch: Launch,
+        device: torch.device,
+        dtype: torch.dtype,
+        dim: int = 64,
+        rope_dim: int | None = 64,
+        norms: tuple[HeadNorm, HeadNorm] | None = None,
+        last: bool = False,
+        scaling: tuple[float, float] | None = None,
+        cached: torch.dtype | None = None,
+        scales: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        torch.manual_seed(0)
+        w = world(device, dtype, [70, 1, 30], [1, 1, 4], 6, 3, dim, cached=cached)
+        w.step.sequence[1] = -1
+        w.step.positions[1] = 0
+        for array in w.arrays:
+            array.fill_(float("nan"))
+        q, k, v = torch.randn(6, 12 * dim).to(device, dtype).unflatten(1, (12, dim)).split([6, 3, 3], dim=1)
+        rotation = None
+        if rope_dim:
+            angles = torch.rand(80, rope_dim // 2, device=device) * 7
+            rotation = angles.cos() * 1.1, angles.sin() * 1.1
+        keys, values = w.arrays
+        out = rotate_and_store(
+            launch, q, k, v, rotation=rotation, rope_dim=rope_dim or 0, q_norm=norms and norms[0],
+            k_norm=norms and norms[1], norm_after_rope=last, query_scaling=scaling, step=w.step,
+            table=w.step.tables[0], keys=keys, values=values, k_scale=scales[0], v_scale=scales[1],
+        )  # fmt: skip
+        assert out.is_contiguous() and out.dtype == dtype
+        at = w.step.positions
+        rotated = expected_rotation(q, at, rotation, rope_dim or 0, norms and norms[0], last)
+        if scaling:
+            floor, scale = scaling
+            rotated = rotated * (1 + scale * torch.log1p(torch.floor((at.float() + 1) / floor)))[:, None, None]
+        check(out, rotated.cpu(), dtype)
+        stored = expected_rotation(k, at, rotation, rope_dim or 0, norms and norms[1], last), v.float()
+        table, size = w.step.tables[0], keys.shape[2]
+        known = [token for token in range(6) if token != 1]
+        for array, expected, scale in zip((keys, values), stored, scales, strict=True):
+            rows = [array[table[w.step.sequence[t], at[t] // size], :, at[t] % size].float() * scale for t in known]
+            if cached:
+                expected = (expected / scale).clamp(-448, 448).to(cached).float() * scale
+            check(torch.stack(rows), expected[known].cpu(), torch.bfloat16 if cached else dtype)
+            assert array.float().isfinite().sum() == len(known) * 3 * dim, "nothing else is written"
+
+    @DTYPES
+    @pytest.mark.parametrize(("dim", "rope_dim"), [(64, 64), (80, 32), (128, None)])
+    def test_rotation(
+        self, launch: Launch, device: torch.device, dtype: torch.dtype, dim: int, rope_dim: int | None
+    ) -> None:
+        self.run(launch, device, dtype, dim, rope_dim)
+
+    @pytest.mark.parametrize("kind", ["rms", "layer"])
+    @pytest.mark.parametrize("per_head", [False, True])
+    def test_norm(self, launch: Launch, device: torch.device, kind: str, per_head: bool) -> None:
+        shapes = [(6, 80), (3, 80)] if per_head else [(80,), (80,)]
+        norms = [random_norm(device, kind, shape, torch.bfloat16) for shape in shapes]
+        self.run(launch, device, torch.bfloat16, 80, 48, tuple(norms))
+
+    def test_unit_norm_after_the_rotation(self, launch: Launch, device: torch.device) -> None:
+        unit = HeadNorm(None, None, 1e-5, "unit")
+        self.run(launch, device, torch.float32, norms=(unit, unit), last=True)
+
+    def test_query_scaling(self, launch: Launch, device: torch.device) -> None:
+        self.run(launch, device, torch.float32, rope_dim=None, scaling=(8.0, 0.1))
+
+    def test_e4m3_cache(self, launch: Launch, device: torch.device) -> None:
+        self.run(launch, device, torch.float16, cached=E4M3, scales=(0.01, 0.004))
+
+
+SHAPES = pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(3, 3, 80), (9, 3, 64), (20, 1, 96), (2, 1, 256), (6, 2, 8)]
+)
+
+
+class TestDecode:
+    @DTYPES
+    @pytest.mark.parametrize("block_size", [8, 32])
+    def test_all_dtypes(self, launch: Launch, device: torch.device, dtype: torch.dtype, block_size: int) -> None:
+        w = world(device, dtype, [1, 37, 150], [1, 1, 1], block_size=block_size)
+        q = queries(w, dtype, device)
+        check(run(launch, w, q), expected_attention(w, q, 64**-0.5), dtype)
+
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "dim"), [(3, 3, 80), (9, 3, 64), (20, 1, 96), (2, 1, 256), (6, 2, 8)]
+    )
+    def test_shapes(self, launch: Launch, device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
+        w = world(device, torch.float16, [70, 3], [1, 1], heads, kv_heads, dim)
+        q = queries(w, torch.float16, device, heads, dim)
+        check(run(launch, w, q), expected_attention(w, q, dim**-0.5), torch.float16)
+
+    @pytest.mark.parametrize("long", [32, 64, 256])
+    def test_of_many_sequences_only_long_ones_are_split(
+        self, launch: Launch, device: torch.device, monkeypatch: pytest.MonkeyPatch, long: int
+    ) -> None:
+        monkeypatch.setattr("trtx.runtime.cuda.attention._PROGRAMS", 4)
+        monkeypatch.setattr("trtx.runtime.cuda.attention._LONG", long)
+        w = world(device, torch.float32, [5, 140, 64], [1, 1, 1])
+        q = queries(w, torch.float32, device)
+        check(run(launch, w, q), expected_attention(w, q, 64**-0.5), torch.float32)
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    @pytest.mark.parametrize("window", [5, 48])
+    def test_window(self, launch: Launch, device: torch.device, window: int, chunked: bool) -> None:
+        first = 96 if chunked and window == 48 else 100 // window * window if chunked else 101 - window
+        w = world(device, torch.float32, [101], [1], first_seen=first)
+        q = queries(w, torch.float32, device)
+        out = run(launch, w, q, window=window, chunked=chunked)
+        check(out, expected_attention(w, q, 64**-0.5, window, chunked), torch.float32)
+
+    def test_soft_cap_and_sinks(self, launch: Launch, device: torch.device) -> None:
+        w = world(device, torch.float32, [90, 1], [1, 1])
+        q, sinks = 4 * queries(w, torch.float32, device), torch.tensor([-1.0, 3.0, 0.5, 20.0], device=device)
+        out = run(launch, w, q, scale=1.0, softcap=5.0, sinks=sinks)
+        check(out, expected_attention(w, q, 1.0, softcap=5.0, sinks=sinks), torch.float32)
+
+    @pytest.mark.parametrize("alibi", [Alibi(scale=0.3), Alibi(scale=0.3, rounded=True)], ids=["exact", "rounded"])
+    def test_alibi(self, launch: Launch, device: torch.device, alibi: Alibi) -> None:
+        w = world(device, torch.float32, [300, 20], [1, 1], heads=6)
+        q = queries(w, torch.float32, device, heads=6)
+        bias = alibi_bias(alibi, 6, torch.arange(300)[None])[0]
+        out = run(launch, w, q, alibi=Slopes.of(alibi, 6, device))
+        check(out, expected_attention(w, q, 64**-0.5, bias=bias), torch.float32)
+
+    def test_e4m3_cache(self, launch: Launch, device: torch.device) -> None:
+        scales = (0.02, 0.05)
+        w = world(device, torch.bfloat16, [33, 100], [1, 1], scales=scales, cached=E4M3)
+        q = queries(w, torch.bfloat16, device)
+        check(run(launch, w, q, scales), expected_attention(w, q, 64**-0.5), torch.bfloat16)
+
+    def test_padding_gives_zeros(self, launch: Launch, device: torch.device) -> None:
+        w = world(device, torch.float32, [40], [1], spare=2)
+        out = run(launch, w, queries(w, torch.float32, device))
+        assert not out[1:].any()
+
+
+class TestPrefill:
+    @DTYPES
+    @pytest.mark.parametrize("block_size", [8, 64])
+    def test_all_dtypes(self, launch: Launch, device: torch.device, dtype: torch.dtype, block_size: int) -> None:
+        w = world(device, dtype, [20, 150, 70, 5], [1, 80, 30, 5], block_size=block_size)
+        q = queries(w, dtype, device)
+        check(run(launch, w, q), expected_attention(w, q, 64**-0.5), dtype)
+
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "dim"), [(3, 3, 80), (9, 3, 64), (20, 1, 96), (2, 1, 256), (6, 2, 8)]
+    )
+    def test_shapes(self, launch: Launch, device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
+        w = world(device, torch.float16, [70, 37], [40, 37], heads, kv_heads, dim)
+        q = queries(w, torch.float16, device, heads, dim)
+        check(run(launch, w, q), expected_attention(w, q, dim**-0.5), torch.float16)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("chunked", [False, True])
+    @pytest.mark.parametrize("window", [5, 48, 140])
+    def test_window(self, launch: Launch, device: torch.device, dtype: torch.dtype, window: int, chunked: bool) -> None:
+        w = world(device, dtype, [400, 64], [150, 64], 2, 2, 16)
+        q = queries(w, dtype, device, 2, 16)
+        out = run(launch, w, q, window=window, chunked=chunked)
+        check(out, expected_attention(w, q, 0.25, window, chunked), dtype)
+
+    def test_blocks_behind_the_window_are_not_seen(self, launch: Launch, device: torch.device) -> None:
+        w = world(device, torch.float32, [200], [60], first_seen=140 - 24 + 1)
+        q = queries(w, torch.float32, device)
+        check(run(launch, w, q, window=24), expected_attention(w, q, 64**-0.5, 24), torch.float32)
+
+    def test_soft_cap_and_sinks(self, launch: Launch, device: torch.device) -> None:
+        w = world(device, torch.float32, [90, 6], [50, 6])
+        q, sinks = 4 * queries(w, torch.float32, device), torch.tensor([-1.0, 3.0, 0.5, 20.0], device=device)
+        out = run(launch, w, q, scale=1.0, softcap=5.0, sinks=sinks)
+        check(out, expected_attention(w, q, 1.0, softcap=5.0, sinks=sinks), torch.float32)
+
+    @pytest.mark.parametrize("alibi", [Alibi(scale=0.3), Alibi(scale=0.3, rounded=True)], ids=["exact", "rounded"])
+    def test_alibi(self, launch: Launch, device: torch.device, alibi: Alibi) -> None:
+        w = world(device, torch.float32, [100, 20], [40, 20], heads=6)
+        q = queries(w, torch.float32, device, heads=6)
+        bias = alibi_bias(alibi, 6, torch.arange(100)[None])[0]
+        out = run(launch, w, q, alibi=Slopes.of(alibi, 6, device))
+        check(out, expected_attention(w, q, 64**-0.5, bias=bias), torch.float32)
+
+    def test_e4m3_cache(self, launch: Launch, device: torch.device) -> None:
+        scales = (0.02, 0.05)
+        w = world(device, torch.bfloat16, [33, 100], [33, 20], scales=scales, cached=E4M3)
+        q = queries(w, torch.bfloat16, device)
+        check(run(launch, w, q, scales), expected_attention(w, q, 64**-0.5), torch.bfloat16)
+
+
+class TestLatentAttention:
+    @pytest.mark.parametrize(("heads", "rank", "rope"), [(4, 64, 16), (20, 40, 8), (3, 128, 64)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_latents_are_keys_and_values(
+        self, launch: Launch, device: torch.device, dtype: torch.dtype, heads: int, rank: int, rope: int
+    ) -> None:
+        w = world(device, dtype, [40, 50, 35], [1, 1, 9], heads, 1, rank + rope, arrays=1)
+        q = queries(w, dtype, device, heads, rank + rope)
+        out = latent_attention(launch, q, w.arrays[0], w.step, w.step.tables[0], scale=0.1, rank=rank)
+        assert out.shape == (11, heads, rank)
+        check(out, expected_attention(w, q, 0.1, value_dim=rank), dtype)
