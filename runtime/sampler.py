@@ -17,7 +17,7 @@ from torch import Tensor
 from trtx.runtime.request import Logprob
 from trtx.runtime.sampling import SamplingParams
 
-_COLDEST = 1e-30
+COLDEST = 1e-30
 """A lower temperature takes the likeliest token just as well, and logits divided by it would overflow fp32."""
 
 
@@ -67,12 +67,12 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
         logits: [R, V], fp32. Overwritten.
     """
     finite = torch.isfinite(logits.sum(-1)).tolist()
-    raw = _wanted_logprobs(logits, rows)
+    raw = wanted_logprobs(logits, rows)
     for position, row in enumerate(rows):
         _adjust(logits[position], row)
     tokens = _choose(logits, rows)
     return [
-        _report(token, row, raw.get(position)) if finite[position] else Sampled(None)
+        report(token, row, raw.get(position)) if finite[position] else Sampled(None)
         for position, (token, row) in enumerate(zip(tokens, rows, strict=True))
     ]
 
@@ -83,11 +83,12 @@ def uniform(seed: int, index: int, position: int) -> float:
     return int.from_bytes(blake2b(text, digest_size=6).digest(), "little") / 2**48
 
 
-def _wanted_logprobs(logits: Tensor, rows: Sequence[Row]) -> dict[int, Tensor]:
+def wanted_logprobs(logits: Tensor, rows: Sequence[Row]) -> dict[int, Tensor]:
+    """Log-probabilities [V], fp32, of the rows that ask for any, by their place."""
     wanted = [position for position, row in enumerate(rows) if row.params.logprobs is not None]
     if not wanted:
         return {}
-    return dict(zip(wanted, torch.log_softmax(logits[wanted], -1), strict=True))
+    return dict(zip(wanted, torch.log_softmax(logits[wanted].float(), -1), strict=True))
 
 
 def _adjust(logits: Tensor, row: Row) -> None:
@@ -118,7 +119,7 @@ def _choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Draw a token a row, [R], from what temperature, min-p, top-k and top-p leave. Overwrites `logits`."""
-    scaled = logits.div_(_column(logits, [max(row.params.temperature, _COLDEST) for row in rows]))
+    scaled = logits.div_(_column(logits, [max(row.params.temperature, COLDEST) for row in rows]))
     scaled -= scaled.amax(-1, keepdim=True)
     least = _column(logits, [row.params.min_p for row in rows]).log()
     ordered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1]
@@ -155,7 +156,8 @@ def _column(like: Tensor, values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _report(token: int, row: Row, logprobs: Tensor | None) -> Sampled:
+def report(token: int, row: Row, logprobs: Tensor | None) -> Sampled:
+    """A chosen token with the log-probabilities that its row asks for."""
     if logprobs is None:
         return Sampled(token)
     values, ids = logprobs.topk(row.params.logprobs or 0)

@@ -26,7 +26,14 @@ from trtx.converters.errors import MissingPackageError
 from trtx.runtime.cuda.cubins import INDEX, Cubin
 from trtx.runtime.cuda.launch import Variant
 
-SHARED_BYTES = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "12.0": 99 << 10}
+SHARED_BYTES = {
+    "8.0": 163 << 10,
+    "8.6": 99 << 10,
+    "8.9": 99 << 10,
+    "9.0": 227 << 10,
+    "10.0": 227 << 10,
+    "12.0": 99 << 10,
+}
 """Shared memory that a program may take, by compute capability (CUDA C++ Programming Guide, table of technical
 specifications). The ones that kernels are compiled for."""
 

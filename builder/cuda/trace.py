@@ -11,12 +11,14 @@ from torch import Tensor
 from trtx.builder.sizing import Sizing
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
-from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import RecordLaunch, Variant
 from trtx.runtime.cuda.ops import CudaOps
+from trtx.runtime.cuda.step import Shape
 from trtx.runtime.cuda.steps import Steps
 from trtx.runtime.kv_layout import KVLayout
+from trtx.runtime.sampler import Row
+from trtx.runtime.sampling import SamplingParams
 from trtx.runtime.weights import WeightStore
 
 META = torch.device("meta")
@@ -46,15 +48,16 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
         decoder = weights.load(store, ops)
         cache = CudaKVCache(layout, 2, kv_dtype, META)
         steps = Steps(decoder, ops, cache, sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len)
-        for count in steps.sizes:
-            steps.decode(count)
-        for tokens in _token_counts(sizing.max_num_tokens):
-            for batch in _batches(tokens, sizing, len(layout.groups), -(-sizing.max_seq_len // layout.block_size)):
-                steps.compute(steps.mixed(batch))
+        for kind, shape in steps.shapes:
+            steps.compute(kind, shape)
+        for count in _counts(sizing.max_num_tokens):
+            rows = min(count, sizing.max_batch_size)
+            steps.compute("mixed", Shape(count, rows, rows, 1, rows))
+        _choose(steps, sizing)
     return list(launch.variants)
 
 
-def _token_counts(most: int) -> list[int]:
+def _counts(most: int) -> list[int]:
     """Numbers of tokens, such that every kernel's choice by their number comes up: powers of two, and one more."""
     counts = {1, most}
     power = 1
@@ -64,11 +67,12 @@ def _token_counts(most: int) -> list[int]:
     return sorted(counts)
 
 
-def _batches(tokens: int, sizing: Sizing, groups: int, width: int) -> list[list[SequenceSlice]]:
-    """Steps of so many tokens: one prefill chunk that wants logits, and as many single tokens as go into a batch."""
-    tables = ([0] * width,) * groups
-    chunk = min(tokens, sizing.max_seq_len)
-    batches = [[SequenceSlice([0] * chunk, 0, tables, 1)]]
-    if tokens <= sizing.max_batch_size:
-        batches.append([SequenceSlice([0], 0, tables, 1)] * tokens)
-    return batches
+def _choose(steps: Steps, sizing: Sizing) -> None:
+    """Draw from logits in every way there is."""
+    for count in _counts(sizing.max_batch_size):
+        logits = torch.empty(count, sizing.model.spec.vocab_size, dtype=DTYPES[sizing.compute_dtype], device=META)
+        for top_k in (0, 5):
+            for top_p in (1.0, 0.5):
+                for penalty in (0.0, 1.0):
+                    params = SamplingParams(top_k=top_k, top_p=top_p, presence_penalty=penalty)
+                    steps.choose(logits, [Row(params, [0, 0], 1, 0, 0)] * count)

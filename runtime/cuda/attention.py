@@ -88,34 +88,30 @@ class Tiling(NamedTuple):
 
 
 def prefill_tiling(head_dim: int, itemsize: int, shared: int = H100_SHARED) -> Tiling:
-    """For queries of `itemsize` bytes a number, and programs that may have `shared` bytes of shared memory."""
+    """For queries of `itemsize` bytes a number, and programs that may have `shared` bytes of shared memory.
+
+    Where there is room, five stages: block tables are loaded ahead of keys and values, and those two tiles ahead.
+    """
     width = _power(head_dim)
     if itemsize == 4:
         return Tiling(16, 16, 4, 1) if width > 64 else Tiling(32, 32, 4, 1)
     if shared < H100_SHARED:
         if width > 256:
             return Tiling(16, 16, 4, 2)
-        return Tiling(64, 32, 4, 2) if width > 128 else Tiling(64, 64, 4, 2)
+        return Tiling(64, 32, 4, 2) if width > 128 else Tiling(64, 64, 4, 5)
     if width > 256:
         return Tiling(64, 32, 8, 2)
-    if width > 128:
-        return Tiling(128, 64, 8, 2)
-    return Tiling(128, 128, 8, 2) if width > 64 else Tiling(128, 128, 8, 3)
+    return Tiling(128, 64, 8, 2) if width > 128 else Tiling(128, 128, 8, 5)
 
 
-def decode_tiling(
-    sharing: int, head_dim: int, itemsize: int, cached_itemsize: int, shared: int = H100_SHARED
-) -> Tiling:
-    """For `sharing` query heads a key head, and a cache of `cached_itemsize` bytes a number.
-
-    Tables are read ahead of keys: five stages are two buffers of keys and values.
-    """
+def decode_tiling(sharing: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> Tiling:
+    """For `sharing` query heads a key head, of `itemsize` bytes a number."""
     width = _power(head_dim)
     rows = min(max(16, _power(sharing)), 64)
     if itemsize == 4:
         return Tiling(16, 16, 4, 1) if width > 128 else Tiling(16, 32, 4, 1)
     if width > 256:
-        return Tiling(16, 16, 4, 3) if shared < H100_SHARED else Tiling(min(rows, 32), 32, 8, 3)
+        return Tiling(16, 16, 4, 3) if shared < H100_SHARED else Tiling(min(rows, 32), 32, 8, 5)
     return Tiling(rows, 32, 4, 5) if width > 128 else Tiling(rows, 64, 4, 5)
 
 
@@ -189,6 +185,20 @@ def rotate_and_store(
     grid = (tokens, -(-heads // block) + 2 * -(-kv_heads // block))
     launch("attention.rotate_and_store", grid, args, constants, warps=4, stages=1, pdl=True)
     return rotated
+
+
+def store_latents(
+    launch: Launch, latent: Tensor, k_rope: Tensor, step: AttentionStep, table: Tensor, latents: Tensor
+) -> None:
+    """Put latent [T, rank] and k_rope [T, 1, rope_dim] of each token side by side into the cache."""
+    rank, tail = latent.shape[-1], k_rope.shape[-1]
+    constants: dict[str, Constant] = {
+        "DIM": rank, "TAIL": tail, "STRIDE": latent.stride(0), "TAIL_STRIDE": k_rope.stride(0),
+        "WIDTH": table.shape[1], "BLOCK_SIZE": latents.shape[2],
+        "BLOCK_DIM": _power(rank), "BLOCK_TAIL": _power(tail),
+    }  # fmt: skip
+    args = latent, k_rope, step.positions, step.sequence, table, latents
+    launch("attention.store_latents", (len(latent),), args, constants, warps=1, stages=1, pdl=True)
 
 
 def attention(
@@ -287,9 +297,7 @@ class CachedAttention:
         splits: int | None = None,
     ) -> None:
         """The first `step.decodes` tokens."""
-        tiling = tiling or decode_tiling(
-            self._sharing(q), self._row, q.element_size(), self.keys.element_size(), self.shared
-        )
+        tiling = tiling or decode_tiling(self._sharing(q), self._row, q.element_size(), self.shared)
         group, chunks = self._groups(q, tiling)
         programs = step.decodes * self.keys.shape[1] * chunks
         chosen, at_least = self._splits(programs, tiling)

@@ -26,6 +26,9 @@ from trtx.runtime.cuda.launch import Constant, Launch
 SKINNY = 64
 """The most tokens that `skinny` multiplies."""
 
+_SHARED_BYTES = 160 << 10
+"""Shared memory that the stages of a pipeline may take."""
+
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
 
@@ -289,7 +292,9 @@ def skinny_shape(m: int, n: int, k: int, itemsize: int, parts: int) -> Skinny:
     splits = max(1, min(_PROGRAMS // tiles, blocks // 4, 8))
     while -(-blocks // splits) * (splits - 1) >= blocks:  # the last would have nothing
         splits -= 1
-    return Skinny(rows, max(16, _power_of_two(m)), block, splits)
+    tokens = max(16, _power_of_two(m))
+    stage = block * (rows * parts * itemsize + tokens * 2)
+    return Skinny(rows, tokens, block, splits, stages=max(2, min(4, _SHARED_BYTES // stage)))
 
 
 def _product(launch: Launch, x: Tensor, w: CudaLinear) -> Tensor:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtx.runtime.cuda.launch import Launch
-from trtx.runtime.sampler import _COLDEST, Row, uniform
+from trtx.runtime.cuda.launch import Constant, Launch
+from trtx.runtime.sampler import COLDEST, Row, uniform
 
 _FEW_ROWS = 8
 """Up to so many, a row is split into small blocks, so that every multiprocessor has some."""
@@ -46,7 +46,7 @@ class SamplingTensors:
     top_p: Tensor
     reach: Tensor
     uniform: Tensor
-    edits: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    edits: tuple[Tensor, ...] | None
     draws: bool
     cuts_k: bool
     cuts_p: bool
@@ -57,14 +57,14 @@ class SamplingTensors:
         params = [row.params for row in rows]
         drawn = [p for p in params if not p.greedy]
         draws = [0.0 if row.params.greedy else uniform(row.seed, row.index, row.position) for row in rows]
-        columns = [
-            np.array([0 if p.greedy else max(p.temperature, _COLDEST) for p in params], np.float32),
+        columns: list[np.ndarray] = [
+            np.array([0 if p.greedy else max(p.temperature, COLDEST) for p in params], np.float32),
             np.array([min(p.top_k, vocabulary) or vocabulary for p in params], np.int32),
             np.array([p.top_p for p in params], np.float32),
             np.array([-math.log(p.min_p) if p.min_p else math.inf for p in params], np.float32),
             np.array(draws, np.float64),
         ]
-        if edits := [_edits(index, row) for index, row in enumerate(rows) if _changes(row)]:
+        if edits := [_edits(index, row) for index, row in enumerate(rows) if is_edited(row)]:
             columns += [np.concatenate(parts) for parts in zip(*edits, strict=True)]
         temperature, top_k, top_p, reach, uniforms, *changes = _to_device(columns, device)
         return cls(
@@ -96,11 +96,14 @@ def choose(launch: Launch, logits: Tensor, parameters: SamplingTensors) -> tuple
     return tokens, finite
 
 
-def greedy(launch: Launch, logits: Tensor, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def greedy(
+    launch: Launch, logits: Tensor, peak: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The first largest of each row of logits [R, V] (any float dtype) and whether all of the row are finite.
 
     Args:
         peak: [R] fp32, where the largest values go.
+        out: [2, R or more] int32, where the result goes.
 
     Returns:
         Tokens and 0 or 1, [R] each, int32.
@@ -113,13 +116,13 @@ def greedy(launch: Launch, logits: Tensor, peak: Tensor | None = None) -> tuple[
     tokens, finite = (logits.new_empty(rows, splits, dtype=torch.int32) for _ in range(2))
     split = {"VOCABULARY": vocabulary, "STRIDE": logits.stride(0), "SPLITS": splits, "BLOCK": block}
     launch("sampling.best", (rows, splits), (logits, values, tokens, finite), split, warps=block // 512, pdl=True)
-    token, fine = (logits.new_empty(rows, dtype=torch.int32) for _ in range(2))
+    token, fine = logits.new_empty(2, rows, dtype=torch.int32) if out is None else out[:, :rows]
     merged = {"SPLITS": splits, "BLOCK": 1 << (splits - 1).bit_length()}
     launch("sampling.settle", (rows,), (values, tokens, finite, token, fine, peak), merged, warps=1, pdl=True)
     return token, fine
 
 
-def _adjusted(launch: Launch, logits: Tensor, edits: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+def _adjusted(launch: Launch, logits: Tensor, edits: tuple[Tensor, ...]) -> Tensor:
     """A copy in fp32, with penalties and without forbidden tokens."""
     edited = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     count, block = len(edits[0]), 256
@@ -133,28 +136,34 @@ def _draw(launch: Launch, logits: Tensor, peak: Tensor, parameters: SamplingTens
     p, (rows, vocabulary) = parameters, logits.shape
     blocks = 1 if rows <= _FEW_ROWS else 8
     splits = -(-vocabulary // (blocks * _BLOCK))
-    constants = {"VOCABULARY": vocabulary, "STRIDE": logits.stride(0), "SPLITS": splits, "BLOCKS": blocks}
+    constants: dict[str, Constant] = {
+        "VOCABULARY": vocabulary,
+        "STRIDE": logits.stride(0),
+        "SPLITS": splits,
+        "BLOCKS": blocks,
+    }
     constants["BLOCK_SPLITS"] = 1 << (splits - 1).bit_length()
     grid = (rows, splits)
     state: Tensor | None = None
     sums: Tensor | None = None
+    common = (logits, p.temperature, peak)
     for mass in [False] * p.cuts_k + [True] * p.cuts_p:
         for shift in _SHIFTS:
             new_state = logits.new_empty(rows, 5, dtype=torch.int64)
             new_sums = logits.new_empty(rows, splits, _DIGITS, dtype=torch.int64)
-            arguments = (logits, p.temperature, peak, p.top_k, p.top_p, state, sums, new_state, new_sums, shift)
-            kind = {"MASS": mass, "FIRST": shift == _SHIFTS[0]}
-            launch("sampling.narrow", grid, arguments, constants | kind, warps=8, pdl=True)
+            found = (p.top_k, p.top_p, state, sums, new_state, new_sums, shift)
+            kind: dict[str, Constant] = {"MASS": mass, "FIRST": shift == _SHIFTS[0]}
+            launch("sampling.narrow", grid, (*common, *found), constants | kind, warps=8, pdl=True)
             state, sums = new_state, new_sums
     smallest = logits.new_empty(rows, dtype=torch.int32)
     masses = logits.new_empty(rows, splits, dtype=torch.int64)
-    arguments = (logits, p.temperature, peak, p.reach, p.top_p, state, sums, smallest, masses)
-    launch("sampling.weigh", grid, arguments, constants, warps=4, pdl=True)
-    arguments = (logits, p.temperature, peak, p.reach, smallest, masses, p.uniform, tokens)
-    launch("sampling.draw", (rows,), arguments, constants, warps=4, pdl=True)
+    kept = (p.reach, p.top_p, state, sums, smallest, masses)
+    launch("sampling.weigh", grid, (*common, *kept), constants, warps=4, pdl=True)
+    drawn = (p.reach, smallest, masses, p.uniform, tokens)
+    launch("sampling.draw", (rows,), (*common, *drawn), constants, warps=4, pdl=True)
 
 
-def _changes(row: Row) -> bool:
+def is_edited(row: Row) -> bool:
     """Whether penalties or forbidden tokens change a row's logits."""
     params = row.params
     return params.repetition_penalty != 1 or _penalized(row) or bool(row.forbidden)

@@ -135,8 +135,33 @@ class BlockTables:
                 mailbox.send(len(batch))
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a step's kernels are launched for, and so what a graph is captured for.
+
+    Attributes:
+        rows: tokens that want logits; None: all of them, in their order.
+        tiles: of prefill; see `attention.tiles_of`.
+        decodes: the first so many sequences have one token each.
+    """
+
+    tokens: int
+    sequences: int
+    rows: int | None
+    tiles: int
+    decodes: int
+
+    @classmethod
+    def of_decodes(cls, count: int) -> Shape:
+        """So many sequences with one token each, all of which want logits."""
+        return cls(count, count, None, 0, count)
+
+
 class StepMaker:
     """Makes the steps of one engine.
+
+    Attributes:
+        tile: new tokens of a sequence in a prefill tile.
 
     Args:
         inputs: where the numbers of steps stand.
@@ -147,71 +172,84 @@ class StepMaker:
     def __init__(self, inputs: StepInputs, tables: BlockTables, cache: CudaKVCache, heads: int, itemsize: int) -> None:
         self._inputs, self._tables, self._cache = inputs, tables, cache
         layout = cache.layout
-        self._tile = query_tile(heads, layout.kv_heads, layout.head_dim, itemsize)
+        self.tile = query_tile(heads, layout.kv_heads, layout.head_dim, itemsize)
         batch, device = len(tables.device[0]), tables.device[0].device
         # A program's counter each, however few query heads a program takes.
         self._counters = torch.zeros(batch * heads, dtype=torch.int32, device=device)
         self._every = torch.arange(batch + 1, dtype=torch.int32, device=device)
 
-    def decodes(self, count: int, token_ids: Tensor) -> CudaStep:
-        """A step of `count` sequences with one token each, as captured in a graph; see `fill_decodes`."""
-        inputs = self._inputs
+    def shape_of(self, batch: Sequence[SequenceSlice]) -> Shape:
+        """The shape of exactly this step; decodes come first."""
+        counts = [len(piece.tokens) for piece in batch]
+        decodes = sum(count == 1 for count in counts)
+        tiles = len(tiles_of(counts, decodes, self.tile))
+        return Shape(sum(counts), len(batch), sum(piece.logits for piece in batch), tiles, decodes)
+
+    def step(self, shape: Shape, token_ids: Tensor) -> CudaStep:
+        """A step whose numbers `fill` or `fill_decodes` sends; its tokens will stand at `token_ids`."""
+        inputs, count = self._inputs, shape.sequences
         attention = AttentionStep(
-            positions=inputs.field("positions", count),
-            sequence=inputs.field("sequence", count),
-            starts=self._every[: count + 1],
+            positions=inputs.field("positions", shape.tokens),
+            sequence=inputs.field("sequence", shape.tokens),
+            starts=self._every[: count + 1] if shape.rows is None else inputs.field("starts", count + 1),
             lengths=inputs.field("lengths", count),
             tables=[table[:count] for table in self._tables.device],
-            tiles=self._every.new_empty(0, 2),
-            decodes=count,
+            tiles=inputs.field("tiles", 2 * shape.tiles).view(-1, 2),
+            decodes=shape.decodes,
             counters=self._counters,
         )
-        return CudaStep(token_ids, attention.positions, None, attention, self._cache)
+        rows = None if shape.rows is None else inputs.field("rows", shape.rows)
+        return CudaStep(token_ids[: shape.tokens], attention.positions, rows, attention, self._cache)
 
-    def mixed(self, batch: Sequence[SequenceSlice], token_ids: Tensor) -> CudaStep:
-        """A step of decodes and prefill chunks, decodes first; its tokens will stand at `token_ids`."""
-        inputs = self._inputs
+    def fill(self, batch: Sequence[SequenceSlice], shape: Shape) -> None:
+        """Send the numbers of a step, padded to `shape` with tokens and tiles of no sequence."""
         counts = [len(piece.tokens) for piece in batch]
         ends = np.cumsum(counts)
-        total, decodes = int(ends[-1]), sum(count == 1 for count in counts)
         rows = [row for piece, end in zip(batch, ends, strict=True) for row in range(end - piece.logits, end)]
-        tiles = tiles_of(counts, decodes, self._tile)
-        inputs.fill(
-            {
-                "ids": np.concatenate([np.asarray(piece.tokens, dtype=np.int32) for piece in batch]),
-                "sources": [piece.source or 0 for piece in batch[:decodes]] + [0] * (total - decodes),
-                "positions": np.concatenate([np.arange(piece.start, piece.end, dtype=np.int32) for piece in batch]),
-                "lengths": [piece.end for piece in batch],
-                "sequence": np.repeat(np.arange(len(batch), dtype=np.int32), counts),
-                "starts": np.concatenate([[0], ends]),
-                "rows": rows,
-                "tiles": np.asarray(tiles, dtype=np.int32).ravel(),
-            }
+        numbers = {
+            "ids": np.concatenate([_NONE, *(np.asarray(piece.tokens, dtype=np.int32) for piece in batch)]),
+            "sources": [piece.source or 0 for piece in batch[: shape.decodes]],
+            "positions": np.concatenate([_NONE, *(np.arange(p.start, p.end, dtype=np.int32) for p in batch)]),
+            "lengths": [piece.end for piece in batch],
+            "sequence": np.repeat(np.arange(len(batch), dtype=np.int32), counts),
+            "starts": np.concatenate([[0], ends]),
+            "rows": rows,
+            "tiles": np.asarray(tiles_of(counts, shape.decodes, self.tile), dtype=np.int32).ravel(),
+        }
+        sizes = dict.fromkeys(numbers, shape.tokens)
+        sizes.update(lengths=shape.sequences, starts=shape.sequences + 1, rows=shape.rows or 0, tiles=2 * shape.tiles)
+        for name, values in numbers.items():
+            padded = np.full(sizes[name], _PADDING.get(name, 0), dtype=np.int32)
+            padded[: len(values)] = values
+            numbers[name] = padded
+        self._inputs.fill(numbers)
+
+    def fill_decodes(self, batch: Sequence[SequenceSlice], count: int) -> None:
+        """Send the numbers of a step of single tokens, padded to `count` sequences without any."""
+        size = len(batch)
+        ids, sources, positions, lengths, sequence = np.zeros((5, count), dtype=np.int32)
+        ids[:size] = [piece.tokens[0] for piece in batch]
+        sources[:size] = [piece.source or 0 for piece in batch]
+        positions[:size] = [piece.start for piece in batch]
+        lengths[:size] = positions[:size] + 1
+        sequence[:size] = np.arange(size)
+        sequence[size:] = -1
+        self._inputs.fill(
+            {"ids": ids, "sources": sources, "positions": positions, "lengths": lengths, "sequence": sequence}
         )
-        attention = AttentionStep(
-            positions=inputs.field("positions", total),
-            sequence=inputs.field("sequence", total),
-            starts=inputs.field("starts", len(batch) + 1),
-            lengths=inputs.field("lengths", len(batch)),
-            tables=[table[: len(batch)] for table in self._tables.device],
-            tiles=inputs.field("tiles", 2 * len(tiles)).view(-1, 2),
-            decodes=decodes,
-            counters=self._counters,
-        )
-        return CudaStep(token_ids[:total], attention.positions, inputs.field("rows", len(rows)), attention, self._cache)
+
+    def fill_nothing(self, shape: Shape) -> None:
+        """Send the numbers of a step of this shape without any sequence, for a trial."""
+        if shape.rows is None:
+            self.fill_decodes([], shape.tokens)
+        else:
+            self.fill([], shape)
 
 
-def fill_decodes(inputs: StepInputs, batch: Sequence[SequenceSlice], count: int) -> None:
-    """The numbers of a step of single tokens, padded to `count` sequences without any."""
-    size = len(batch)
-    ids, sources, positions, lengths, sequence = np.zeros((5, count), dtype=np.int32)
-    ids[:size] = [piece.tokens[0] for piece in batch]
-    sources[:size] = [piece.source or 0 for piece in batch]
-    positions[:size] = [piece.start for piece in batch]
-    lengths[:size] = positions[:size] + 1
-    sequence[:size] = np.arange(size)
-    sequence[size:] = -1
-    inputs.fill({"ids": ids, "sources": sources, "positions": positions, "lengths": lengths, "sequence": sequence})
+_NONE = np.zeros(0, dtype=np.int32)
+
+_PADDING = {"sequence": -1, "tiles": -1}
+"""What stands for nothing; elsewhere it is 0."""
 
 
 def resolve(launch: Launch, inputs: StepInputs, count: int, last: Tensor, out: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The steps of an engine: decode steps as CUDA graphs, others launched kernel by kernel.
+"""The steps of an engine: decodes and short prefills as CUDA graphs, others launched kernel by kernel.
 
-A graph is captured for each of a few batch sizes; a batch is padded to the next one. Tokens stay on the GPU: the next
-step finds there what this one chose, and the host reads a step's tokens while the next one is computed.
+A graph is captured for each of a few shapes; a step is padded to the next one. Tokens stay on the GPU: the next step
+finds there what this one chose, and the host reads a step's tokens while the next one is computed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda import sampling
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.ops import CudaOps
-from trtx.runtime.cuda.step import BlockTables, CudaStep, StepInputs, StepMaker, fill_decodes, resolve
+from trtx.runtime.cuda.step import BlockTables, Shape, StepInputs, StepMaker, resolve
 from trtx.runtime.decoder import Decoder
-from trtx.runtime.sampler import Row, Sampled, sample
+from trtx.runtime.sampler import Row, Sampled, report, wanted_logprobs
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -29,25 +29,31 @@ def batch_sizes(most: int) -> list[int]:
     return sorted({min(size, most) for size in sizes})
 
 
+CHUNKS = (16, 32, 64, 128, 256, 512)
+"""Tokens of the prefills that are captured: a longer one takes the GPU longer than the host."""
+
+_SEQUENCES = 8
+"""The most sequences of such a prefill."""
+
+
 @dataclass
 class Ticket:
     """A step that was launched.
 
     Attributes:
-        count: rows of logits.
-        chosen: tokens and whether their logits were finite, [2, count], pinned; valid once `done` has happened.
-        sampled: what was chosen on the host; takes the place of `chosen`.
+        chosen: tokens and whether their logits were finite, [2, rows] int32, on the host once `done` has happened.
+        logprobs: of the rows that want any, on the device, by their place.
     """
 
-    count: int
-    chosen: Tensor | None = None
+    rows: Sequence[Row]
+    chosen: Tensor
+    logprobs: dict[int, Tensor]
     done: torch.cuda.Event | None = None
-    sampled: list[Sampled] | None = None
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """A decode step in a graph, and where it leaves its logits [B, V]."""
+    """A step in a graph, and where it leaves its logits [rows, V]."""
 
     graph: torch.cuda.CUDAGraph
     logits: Tensor
@@ -66,90 +72,108 @@ class Steps:
         self._decoder, self._ops = decoder, ops
         device = ops.device
         width = -(-length // cache.layout.block_size)
-        self._single = StepInputs(batch, batch, device)
-        self._mixed = StepInputs(tokens, batch, device)
         self.tables = BlockTables(batch, len(cache.layout.groups), width, device)
+        chunk, few = min(CHUNKS[-1], tokens), min(_SEQUENCES, batch)
+        sizes = {"decodes": (batch, batch), "chunks": (chunk, few), "mixed": (tokens, batch)}
+        self._inputs = {name: StepInputs(*size, device) for name, size in sizes.items()}
         shared = self.tables, cache, decoder.spec.num_heads, ops.dtype.itemsize
-        self._singles, self._steps = StepMaker(self._single, *shared), StepMaker(self._mixed, *shared)
+        self._makers = {name: StepMaker(inputs, *shared) for name, inputs in self._inputs.items()}
         self._ids = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._chosen = torch.zeros(2, batch, dtype=torch.int32, device=device)
         self._host = [torch.zeros(2, batch, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
-        self._graphs: dict[int, _Captured] = {}
-        self.sizes = batch_sizes(batch)
         self._turn = 0
+        self._graphs: dict[Shape, _Captured] = {}
+        self.shapes = [("decodes", Shape.of_decodes(count)) for count in batch_sizes(batch)]
+        for count in (count for count in CHUNKS if count <= tokens):
+            for sequences in sorted({1, few}):
+                tiles = count // self._makers["chunks"].tile + sequences
+                self.shapes.append(("chunks", Shape(count, sequences, sequences, tiles, 0)))
 
     def capture(self) -> None:
-        """Capture the decode steps, the largest first: the others fit into its memory."""
+        """Capture the steps of all shapes, the largest first: the others fit into its memory."""
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
-        for count in reversed(self.sizes):
-            fill_decodes(self._single, [], count)
+        for kind, shape in sorted(self.shapes, key=lambda known: known[1].tokens, reverse=True):
+            self._makers[kind].fill_nothing(shape)
             with torch.cuda.stream(stream):
-                self.decode(count)  # libraries set themselves up at their first calls
+                self.compute(kind, shape)  # libraries set themselves up at their first calls
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                logits = self.decode(count)
-            self._graphs[count] = _Captured(graph, logits)
+                logits = self.compute(kind, shape)
+            self._graphs[shape] = _Captured(graph, logits)
         torch.cuda.current_stream().wait_stream(stream)
 
     def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> Ticket:
         """Start a step; see `Runner.launch`."""
+        logits = self.logits(batch)[: len(rows)]
+        self.choose(logits, rows)
+        return self._ticket(logits, rows)
+
+    def logits(self, batch: Sequence[SequenceSlice]) -> Tensor:
+        """The logits of a step, [rows, V] and perhaps more rows; the likeliest tokens stay for the next step."""
         self.tables.fill(batch)
-        if self._graphs and all(len(piece.tokens) == 1 and piece.logits for piece in batch):
-            count = next(size for size in self.sizes if size >= len(batch))
-            fill_decodes(self._single, batch, count)
-            captured = self._graphs[count]
-            captured.graph.replay()
-            logits = captured.logits[: len(batch)]
+        kind, shape = self._shape(batch)
+        if kind == "decodes":
+            self._makers[kind].fill_decodes(batch, shape.tokens)
         else:
-            logits = self.compute(self.mixed(batch))
-        return self._choose(logits, rows)
+            self._makers[kind].fill(batch, shape)
+        if shape not in self._graphs:
+            return self.compute(kind, shape)
+        captured = self._graphs[shape]
+        captured.graph.replay()
+        return captured.logits
 
     def collect(self, ticket: Ticket) -> list[Sampled]:
         """Wait for a step, and read its tokens."""
-        if ticket.sampled is not None:
-            return ticket.sampled
-        if not ticket.count:
-            return []
-        assert ticket.chosen is not None
         if ticket.done is not None:
             ticket.done.synchronize()
         tokens, finite = ticket.chosen.tolist()
-        return [Sampled(token if whole else None) for token, whole in zip(tokens, finite, strict=True)]
+        return [
+            report(token, row, ticket.logprobs.get(place)) if whole else Sampled(None)
+            for place, (token, whole, row) in enumerate(zip(tokens, finite, ticket.rows, strict=True))
+        ]
 
-    def decode(self, count: int) -> Tensor:
-        """Logits of a step of `count` single tokens, whose numbers `fill_decodes` has sent."""
-        resolve(self._ops.launch, self._single, count, self._chosen[0], self._ids)
-        return self.compute(self._singles.decodes(count, self._ids[:count]))
-
-    def mixed(self, batch: Sequence[SequenceSlice]) -> CudaStep:
-        """A step of any tokens, its numbers on their way."""
-        step = self._steps.mixed(batch, self._ids)
-        resolve(self._ops.launch, self._mixed, len(step.token_ids), self._chosen[0], self._ids)
-        return step
-
-    def compute(self, step: CudaStep) -> Tensor:
-        """Logits of a step; the likeliest tokens are left on the device for the next one."""
+    def compute(self, kind: str, shape: Shape) -> Tensor:
+        """Launch the kernels of a step whose numbers have been sent."""
+        launch, step = self._ops.launch, self._makers[kind].step(shape, self._ids)
+        resolve(launch, self._inputs[kind], shape.tokens, self._chosen[0], self._ids)
         logits = self._decoder.forward(step)
         if len(logits):
-            for place, chosen in zip(self._chosen, sampling.greedy(self._ops.launch, logits), strict=True):
-                place[: len(logits)].copy_(chosen)
+            sampling.greedy(launch, logits, out=self._chosen)
         return logits
 
-    def _choose(self, logits: Tensor, rows: Sequence[Row]) -> Ticket:
-        count = len(rows)
-        if any(not row.params.greedy or row.params.penalizes or row.params.logprobs is not None for row in rows):
-            sampled = sample(logits.float(), rows)
-            tokens = torch.tensor([one.token or 0 for one in sampled], dtype=torch.int32)
-            self._chosen[0, :count].copy_(tokens)
-            return Ticket(count, sampled=sampled)
-        if not count:
-            return Ticket(0)
-        host = self._host[self._turn][:, :count]
+    def _shape(self, batch: Sequence[SequenceSlice]) -> tuple[str, Shape]:
+        """The smallest captured shape that takes a step; its own where there is none."""
+        exact = self._makers["mixed"].shape_of(batch)
+        if exact.decodes == exact.tokens == exact.rows:
+            exact = Shape.of_decodes(exact.tokens)
+        for kind, shape in self.shapes:
+            if _fits(exact, shape):
+                return kind, shape
+        return "mixed", exact
+
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        """Where rows do not ask for the likeliest token, put what they ask for in its place."""
+        if all(row.params.greedy and not sampling.is_edited(row) for row in rows):
+            return
+        parameters = sampling.SamplingTensors.of(rows, logits.shape[1], logits.device)
+        for place, chosen in zip(self._chosen, sampling.choose(self._ops.launch, logits, parameters), strict=True):
+            place[: len(rows)].copy_(chosen)
+
+    def _ticket(self, logits: Tensor, rows: Sequence[Row]) -> Ticket:
+        """Send the chosen tokens to the host."""
+        host = self._host[self._turn][:, : len(rows)]
         self._turn = 1 - self._turn
-        host.copy_(self._chosen[:, :count], non_blocking=True)
-        done = None
-        if host.is_pinned():
-            done = torch.cuda.Event()
-            done.record()
-        return Ticket(count, host, done)
+        host.copy_(self._chosen[:, : len(rows)], non_blocking=True)
+        ticket = Ticket(rows, host, wanted_logprobs(logits, rows))
+        if host.device != logits.device:  # also without rows: whoever waits for a step may use its mailboxes again
+            ticket.done = torch.cuda.Event()
+            ticket.done.record()
+        return ticket
+
+
+def _fits(exact: Shape, shape: Shape) -> bool:
+    """Whether a step can be padded to a shape."""
+    if (exact.rows is None) != (shape.rows is None) or exact.tokens > shape.tokens:
+        return False
+    return exact.rows is None or (not exact.decodes and exact.sequences <= shape.sequences)

@@ -144,6 +144,30 @@ def _stored(x, scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def store_latents(
+    latent, k_rope, positions, sequence, table, latents,
+    DIM: tl.constexpr, TAIL: tl.constexpr, STRIDE: tl.constexpr, TAIL_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_TAIL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Put the latent [T, DIM] and the rotated key [T, TAIL] of a token, a program each, into the cache."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    owner = tl.load(sequence + token)
+    known = owner >= 0
+    position = tl.load(positions + token)
+    block = tl.load(table + owner * WIDTH + position // BLOCK_SIZE, known, other=0)
+    row = latents + (block * BLOCK_SIZE + position % BLOCK_SIZE).to(tl.int64) * (DIM + TAIL)
+    dims, ends = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_TAIL)
+    start = tl.load(latent + token * STRIDE + dims, dims < DIM, other=0.0)
+    end = tl.load(k_rope + token * TAIL_STRIDE + ends, ends < TAIL, other=0.0)
+    tl.store(row + dims, start, known & (dims < DIM))
+    tl.store(row + DIM + ends, end, known & (ends < TAIL))
+
+
+@triton.jit
 def decode(
     q, keys, values, table, lengths, sinks, slopes, out, partials, extremes, counters, scale, v_scale,
     KV_HEADS: tl.constexpr, SHARING: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,

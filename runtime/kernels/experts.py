@@ -355,8 +355,12 @@ def place(
     lane = tl.arange(0, BLOCK)
     pair = block * BLOCK + lane
     name = tl.load(ids + pair, mask=pair < pairs, other=BINS - 1)
-    earlier = (name[:, None] == name[None, :]) & (lane[None, :] < lane[:, None])
-    rank = tl.sum(earlier.to(tl.int32), 1)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for other in range(0, BLOCK, 32):
+        earlier = other + tl.arange(0, 32)
+        named = tl.load(ids + block * BLOCK + earlier, mask=block * BLOCK + earlier < pairs, other=-1)
+        same = (name[:, None] == named[None, :]) & (earlier[None, :] < lane[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
     tl.store(slots + tl.gather(next_slot, name, 0) + rank, pair, mask=pair < pairs)
     for expert in range(block, EXPERTS, blocks):
         mine, first, used = tiles_of(total, expert, EXPERTS, BINS, BLOCK_M)

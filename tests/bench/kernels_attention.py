@@ -176,7 +176,7 @@ def decode_cases(device: torch.device) -> Iterator[Case]:
         for batch, length, longest in shapes:
             step, q, keys, values = paged(device, model, [length] * batch, [1] * batch, longest, 32, 1)
             out = torch.empty(batch, heads * dim, dtype=q.dtype, device=device)
-            own = decode_tiling(heads // kv_heads, dim, 2, 2)
+            own = decode_tiling(heads // kv_heads, dim, 2)
             tilings = [own, Tiling(own.rows, 64, 4, 3), Tiling(own.rows, 64, 4, 7), Tiling(own.rows, 32, 4, 5)]
             if batch * kv_heads < 132:
                 splits: list[int | None] = [None, *(n for n in (8, 16, 32, 64) if n * batch * kv_heads < 1024)]
@@ -207,7 +207,7 @@ def prefill_cases(device: torch.device) -> Iterator[Case]:
             shape = f"prefill {model} {count} after {past}"
             candidates = [(prefill_tiling(dim, 2), 0)]
             if count > 128:
-                others = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2), (64, 128, 4, 2)]
+                others = [(128, 64, 8, 2), (128, 64, 8, 5), (128, 128, 8, 2), (128, 128, 8, 5), (64, 64, 4, 5)]
                 candidates += [(Tiling(*numbers), 0) for numbers in others]
                 candidates += [(Tiling(128, 64, 8, 2), 128), (Tiling(128, 32, 8, 2), 128)]
             for tiling, registers in dict.fromkeys(candidates):

@@ -18,6 +18,7 @@ from trtx.runtime.cuda.attention import (
     latent_attention,
     query_tile,
     rotate_and_store,
+    store_latents,
     tiles_of,
 )
 from trtx.runtime.cuda.launch import Launch
@@ -313,6 +314,11 @@ class TestDecode:
         q = queries(w, torch.float16, device, heads, dim)
         check(run(launch, w, q), expected_attention(w, q, dim**-0.5), torch.float16)
 
+    def test_more_shares_than_are_added_at_once(self, launch: Launch, device: torch.device) -> None:
+        w = world(device, torch.float32, [900], [1], 8, 1, 16)
+        q = queries(w, torch.float32, device, 8, 16)
+        check(run(launch, w, q, scale=1.0), expected_attention(w, q, 1.0), torch.float32)
+
     @pytest.mark.parametrize("long", [32, 64, 256])
     def test_of_many_sequences_only_long_ones_are_split(
         self, launch: Launch, device: torch.device, monkeypatch: pytest.MonkeyPatch, long: int
@@ -420,3 +426,17 @@ class TestLatentAttention:
         out = latent_attention(launch, q, w.arrays[0], w.step, w.step.tables[0], scale=0.1, rank=rank)
         assert out.shape == (11, heads, rank)
         check(out, expected_attention(w, q, 0.1, value_dim=rank), dtype)
+
+    @DTYPES
+    def test_latents_are_stored(self, launch: Launch, device: torch.device, dtype: torch.dtype) -> None:
+        w = world(device, dtype, [70, 1, 30], [1, 1, 4], 4, 1, 40 + 8, arrays=1)
+        w.step.sequence[1] = -1
+        (latents,) = w.arrays
+        latents.fill_(float("nan"))
+        latent, k_rope = torch.randn(6, 1, 60).to(device, dtype).split([52, 8], dim=-1)
+        store_latents(launch, latent[:, 0, :40], k_rope, w.step, w.step.tables[0], latents)
+        at, size, table = w.step.positions, latents.shape[2], w.step.tables[0]
+        known = [0, 2, 3, 4, 5]
+        rows = torch.stack([latents[table[w.step.sequence[t], at[t] // size], 0, at[t] % size] for t in known])
+        assert torch.equal(rows, torch.cat([latent[known, 0, :40], k_rope[known, 0]], dim=-1))
+        assert latents.isfinite().sum() == rows.numel(), "nothing else is written"
