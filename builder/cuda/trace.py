@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trtx.builder.cuda.kernels import SHARED_BYTES
 from trtx.builder.sizing import Sizing
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
@@ -41,7 +42,8 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
 
     store = WeightStore(config, tensor, expected.__contains__)
     assert sizing.target.gpu is not None
-    launch = RecordLaunch(dependent=float(sizing.target.gpu.sm) >= 9.0)
+    sm = sizing.target.gpu.sm
+    launch = RecordLaunch(dependent=float(sm) >= 9.0, shared_bytes=SHARED_BYTES[sm])
     ops = CudaOps(config.spec, DTYPES[sizing.compute_dtype], META, sizing.max_seq_len, launch, laid_out=False)
     kv_dtype = E4M3 if sizing.kv_dtype == "fp8" else DTYPES[sizing.kv_dtype]
     with torch.inference_mode():
@@ -52,7 +54,8 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
             steps.compute(kind, shape)
         for count in _counts(sizing.max_num_tokens):
             rows = min(count, sizing.max_batch_size)
-            steps.compute("mixed", Shape(count, rows, rows, 1, rows))
+            for tiles in sorted({1, count}):
+                steps.compute("mixed", Shape(count, rows, rows, tiles, rows))
         _choose(steps, sizing)
     return list(launch.variants)
 

@@ -53,6 +53,8 @@ def compile_variant(variant: Variant, sm: str) -> dict[str, Any]:
         attrs=attributes,
     )
     options: dict[str, Any] = {"num_warps": variant.warps, "num_stages": variant.stages, "launch_pdl": variant.pdl}
+    if variant.registers:
+        options["maxnreg"] = variant.registers
     major, minor = map(int, sm.split("."))
     compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
     metadata = compiled.metadata

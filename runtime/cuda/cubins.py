@@ -93,6 +93,7 @@ class CubinLaunch(Launch):
 
     def __init__(self, folder: Path, device: torch.device, dependent: bool) -> None:
         self.dependent = dependent
+        self.shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         self._device = device
         self._driver = driver()
         try:
@@ -114,13 +115,15 @@ class CubinLaunch(Launch):
         warps: int = 4,
         stages: int = 2,
         pdl: bool = False,
+        registers: int = 0,
     ) -> None:
         types = tuple(map(type_of, args))
-        key = kernel, types, tuple(constants.items()), warps, stages, pdl
+        key = kernel, types, tuple(constants.items()), warps, stages, pdl, registers
         found = self._known.get(key)
         if found is None:
             chosen = with_pdl(constants, pdl, self.dependent)
-            variant = Variant(kernel, types, tuple(sorted(chosen.items())), warps, stages, pdl and self.dependent)
+            sorted_constants, dependent = tuple(sorted(chosen.items())), pdl and self.dependent
+            variant = Variant(kernel, types, sorted_constants, warps, stages, dependent, registers)
             if variant not in self._kernels:
                 raise RuntimeError(f"the engine was built without the kernel {variant}")
             found = self._known[key] = self._kernels[variant]

@@ -20,6 +20,9 @@ from torch import Tensor
 Argument = Tensor | int | float | None
 Constant = int | float | bool | str | None
 
+H100_SHARED = 227 << 10
+"""Bytes of shared memory that a program may have on an H100, and a B200; 163 KiB on an A100, 99 on sm_89 and sm_120."""
+
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
@@ -37,6 +40,7 @@ class Variant:
         constants: by parameter name, in the order of the names.
         warps, stages: threads / 32 of a program, and the depth of its software pipeline.
         pdl: programmatic dependent launch.
+        registers: the most that a thread may take; 0: any number.
     """
 
     kernel: str
@@ -45,6 +49,7 @@ class Variant:
     warps: int
     stages: int
     pdl: bool
+    registers: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """For an index of kernels."""
@@ -62,6 +67,8 @@ class Launch(ABC):
 
     dependent: bool = False
     """Whether kernels are launched with `PDL` (programmatic dependent launch): sm_90 and newer."""
+    shared_bytes: int = H100_SHARED
+    """Shared memory that a program may take."""
 
     @abstractmethod
     def __call__(
@@ -73,6 +80,7 @@ class Launch(ABC):
         warps: int = 4,
         stages: int = 2,
         pdl: bool = False,
+        registers: int = 0,
     ) -> None:
         """Start a kernel.
 
@@ -82,6 +90,7 @@ class Launch(ABC):
             args: run-time arguments: tensors (as pointers), int32, fp32, or None for a pointer that is absent.
             constants: the other parameters, by name; `PDL` is added where the kernel is launched so.
             pdl: the kernel knows `PDL`.
+            registers: the most that a thread may take, so that more programs fit side by side; 0: any number.
         """
 
 
@@ -109,8 +118,8 @@ def kernel_function(kernel: str) -> Any:
 class JitLaunch(Launch):
     """Triton's own way: compiled at the first launch on a GPU, interpreted on a CPU under TRITON_INTERPRET=1."""
 
-    def __init__(self, dependent: bool = False) -> None:
-        self.dependent = dependent
+    def __init__(self, dependent: bool = False, shared_bytes: int = H100_SHARED) -> None:
+        self.dependent, self.shared_bytes = dependent, shared_bytes
 
     def __call__(
         self,
@@ -121,9 +130,12 @@ class JitLaunch(Launch):
         warps: int = 4,
         stages: int = 2,
         pdl: bool = False,
+        registers: int = 0,
     ) -> None:
         chosen = with_pdl(constants, pdl, self.dependent)
-        extra = {"launch_pdl": True} if pdl and self.dependent else {}
+        extra: dict[str, Any] = {"launch_pdl": True} if pdl and self.dependent else {}
+        if registers:
+            extra["maxnreg"] = registers
         kernel_function(kernel)[grid](*args, **chosen, num_warps=warps, num_stages=stages, **extra)
 
 
@@ -132,6 +144,7 @@ class RecordLaunch(Launch):
     """Notes down which variants are launched; on meta tensors nothing else happens."""
 
     dependent: bool = False
+    shared_bytes: int = H100_SHARED
     variants: dict[Variant, None] = field(default_factory=dict)
 
     def __call__(
@@ -143,7 +156,9 @@ class RecordLaunch(Launch):
         warps: int = 4,
         stages: int = 2,
         pdl: bool = False,
+        registers: int = 0,
     ) -> None:
         chosen = with_pdl(constants, pdl, self.dependent)
         types = tuple(map(type_of, args))
-        self.variants[Variant(kernel, types, tuple(sorted(chosen.items())), warps, stages, pdl and self.dependent)] = None
+        found, dependent = tuple(sorted(chosen.items())), pdl and self.dependent
+        self.variants[Variant(kernel, types, found, warps, stages, dependent, registers)] = None

@@ -18,7 +18,7 @@ from trtx.converters.spec import Activation, ModelSpec, MoE, Rope
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda import attention, elementwise, linear
 from trtx.runtime.cuda import experts as grouped
-from trtx.runtime.cuda.attention import AttentionStep, HeadNorm, Slopes
+from trtx.runtime.cuda.attention import HeadNorm, Slopes
 from trtx.runtime.cuda.launch import Launch
 from trtx.runtime.cuda.linear import CudaLinear
 from trtx.runtime.cuda.step import CudaStep
@@ -184,7 +184,7 @@ class CudaOps(TorchOps):
         cache = cast(CudaStep, step).cache
         (latents,) = cache.arrays(layer)
         table = step.attention.tables[cache.group(layer)]
-        self._store(torch.cat([latent, k_rope[:, 0]], dim=-1), latents, step.attention, table)
+        attention.store_latents(self.launch, latent, k_rope, step.attention, table, latents)
         queries = torch.cat([absorbed, rope], dim=-1)
         scale = self.spec.attention_scale_of(layer)
         attended = attention.latent_attention(
@@ -206,14 +206,6 @@ class CudaOps(TorchOps):
 
     def rows(self, x: Tensor, step: CudaStep) -> Tensor:
         return x if step.rows is None else x.index_select(0, step.rows)
-
-    def _store(self, rows: Tensor, latents: Tensor, step: AttentionStep, table: Tensor) -> None:
-        """Put a row [T, rank + rope_dim] for each token into the cache; block 0 takes those of no sequence."""
-        size = latents.shape[2]
-        owner, position = step.sequence.clamp(min=0).long(), step.positions.long()
-        block = table[owner, position // size].long()
-        block = torch.where(step.sequence < 0, 0, block)
-        latents.view(-1, latents.shape[-1]).index_copy_(0, block * size + position % size, rows)
 
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin of every position, [max_positions, rope.dim / 2] in fp32."""

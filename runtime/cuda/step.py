@@ -167,12 +167,21 @@ class StepMaker:
         inputs: where the numbers of steps stand.
         heads: query heads.
         itemsize: bytes of a number of the compute dtype.
+        shared_bytes: see `Launch`.
     """
 
-    def __init__(self, inputs: StepInputs, tables: BlockTables, cache: CudaKVCache, heads: int, itemsize: int) -> None:
+    def __init__(
+        self,
+        inputs: StepInputs,
+        tables: BlockTables,
+        cache: CudaKVCache,
+        heads: int,
+        itemsize: int,
+        shared_bytes: int,
+    ) -> None:
         self._inputs, self._tables, self._cache = inputs, tables, cache
         layout = cache.layout
-        self.tile = query_tile(heads, layout.kv_heads, layout.head_dim, itemsize)
+        self.tile = query_tile(heads, layout.kv_heads, layout.head_dim, itemsize, shared_bytes)
         batch, device = len(tables.device[0]), tables.device[0].device
         # A program's counter each, however few query heads a program takes.
         self._counters = torch.zeros(batch * heads, dtype=torch.int32, device=device)

@@ -76,7 +76,7 @@ class Steps:
         chunk, few = min(CHUNKS[-1], tokens), min(_SEQUENCES, batch)
         sizes = {"decodes": (batch, batch), "chunks": (chunk, few), "mixed": (tokens, batch)}
         self._inputs = {name: StepInputs(*size, device) for name, size in sizes.items()}
-        shared = self.tables, cache, decoder.spec.num_heads, ops.dtype.itemsize
+        shared = self.tables, cache, decoder.spec.num_heads, ops.dtype.itemsize, ops.launch.shared_bytes
         self._makers = {name: StepMaker(inputs, *shared) for name, inputs in self._inputs.items()}
         self._ids = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._chosen = torch.zeros(2, batch, dtype=torch.int32, device=device)

@@ -117,6 +117,20 @@ def _finished(
 
 
 @triton.jit
+def _prefetch(weight, first, begin, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Fetch COUNT elements from `begin` on of the rows from `first` on into the L2 cache, in lines of 128 bytes.
+
+    What a program does while it waits for the kernel before. Hundreds wait at a time, so COUNT is no more than the cache
+    has room for.
+    """
+    LINE: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
+    rows = tl.minimum(first + tl.arange(0, ROWS), N - 1).to(tl.int64)
+    k = tl.minimum(begin + tl.arange(0, COUNT // LINE) * LINE, K - LINE)
+    lines = weight + rows[:, None] * K + k[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
+
+
+@triton.jit
 def gemv(
     x, weight, scale, scales, smooth, x_scale, bias, out,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
@@ -125,7 +139,7 @@ def gemv(
 ):  # fmt: skip
     """out [N] = x [K] times weight [N, K] (gated: [2N, K]) of a float dtype, e4m3 or int8; ROWS outputs a program.
 
-    The weight's first block is on its way while the kernel before still runs.
+    The weight's first block is on its way to registers while the kernel before still runs, the next one to the L2 cache.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -137,6 +151,11 @@ def gemv(
         u = _block(tile + N * K, row, k, N, K, ROWS, BLOCK_K)
     inverse = _inverse(scales, INPUT)
     if PDL:
+        if K > BLOCK_K:
+            first = tl.program_id(0) * ROWS
+            _prefetch(weight, first, BLOCK_K, N, K, ROWS, BLOCK_K)
+            if GATED:
+                _prefetch(weight + N * K, first, BLOCK_K, N, K, ROWS, BLOCK_K)
         tl.extra.cuda.gdc_wait()
 
     WHOLE: tl.constexpr = K % BLOCK_K == 0
@@ -164,6 +183,12 @@ def gemv(
 
 
 @triton.jit
+def _cast(w, DTYPE: tl.constexpr):
+    """Exact: codes fit into every DTYPE they are cast to."""
+    return w if w.dtype == DTYPE else w.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
 def skinny(
     x, weight, scale, scales, smooth, x_scale, bias, out, partials, counters, M,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
@@ -182,7 +207,13 @@ def skinny(
     offsets = tl.arange(0, BLOCK_K)
     tile = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * K + tl.arange(0, BLOCK_N)[:, None] * K
     inverse = _inverse(scales, INPUT)
+    SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(1) * SHARE
     if PDL:
+        first = tl.program_id(0) * BLOCK_N
+        _prefetch(weight, first, begin, N, K, BLOCK_N, 4 * BLOCK_K)
+        if GATED:
+            _prefetch(weight + N * K, first, begin, N, K, BLOCK_N, 4 * BLOCK_K)
         tl.extra.cuda.gdc_wait()
 
     WHOLE: tl.constexpr = K % BLOCK_K == 0
@@ -192,8 +223,6 @@ def skinny(
     MULTIPLIED: tl.constexpr = tl.float8e4nv if FP8 else DTYPE
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
-    begin = tl.program_id(1) * SHARE
     for start in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
         k = start + offsets
         w = _block(tile + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
@@ -204,10 +233,10 @@ def skinny(
         if INPUT != "plain" and INPUT != "codes":
             v = _multiplied(v.to(tl.float32), smooth, inverse, k[None, :], K, DTYPE, INPUT, WHOLE).to(MULTIPLIED)
         v = tl.trans(v)
-        sums = tl.dot(w.to(MULTIPLIED), v, sums, max_num_imprecise_acc=BLOCK_K)
+        sums = tl.dot(_cast(w, MULTIPLIED), v, sums, max_num_imprecise_acc=BLOCK_K)
         if GATED:
             u = _block(tile + N * K + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
-            up_sums = tl.dot(u.to(MULTIPLIED), v, up_sums, max_num_imprecise_acc=BLOCK_K)
+            up_sums = tl.dot(_cast(u, MULTIPLIED), v, up_sums, max_num_imprecise_acc=BLOCK_K)
     _reduced(
         sums, up_sums, row, scale, scales, x_scale, bias, out, partials, counters, M,
         N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
