@@ -17,7 +17,7 @@ from typing import Any
 
 from trtx.builder.engine import Limits
 from trtx.converters.errors import RequestError
-from trtx.runtime.batch import PENDING, SequenceSlice
+from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.kv_blocks import BlockManager
 from trtx.runtime.request import FinishReason, Request, TokenEvent
 from trtx.runtime.runner import Runner
@@ -81,13 +81,14 @@ class _InFlight:
 
     Attributes:
         ticket: the runner's.
-        choosing: the sequences that get a token, in the order of the rows, with their requests' states and where
-            among the sequence's tokens it stands.
+        steps: how many steps of single tokens it is.
+        choosing: the sequences that get a token, in the order of the rows, with their requests' states.
     """
 
     ticket: Any
     slices: list[SequenceSlice]
-    choosing: list[tuple[Sequence, _Continuations, int]]
+    steps: int
+    choosing: list[tuple[Sequence, _Continuations]]
 
 
 class Executor:
@@ -98,6 +99,10 @@ class Executor:
         eos_ids: tokens that end a continuation unless the request ignores them; ids outside the vocabulary (a
             tokenizer may know more tokens than its model) are left out.
         prefix_reuse: let equal prefixes share KV blocks.
+
+    Attributes:
+        burst: how many steps of single tokens may be launched at once, where all take the likeliest token. Worth it
+            where nobody waits for each token: the host then works once for them all.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Executor:
         self._requests: dict[str, _Continuations] = {}
         self._cancelled: list[TokenEvent] = []
         self._in_flight: _InFlight | None = None
+        self.burst = 1
 
     @property
     def has_work(self) -> bool:
@@ -134,8 +140,10 @@ class Executor:
         self._refuse(request)
         params = request.params
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        first = Sequence(request, 0, list(request.prompt))
-        siblings = [Sequence(request, index, list(request.prompt), parent=first) for index in range(1, params.n)]
+        asked = self.limits.max_seq_len if params.max_tokens is None else len(request.prompt) + params.max_tokens
+        limit = min(asked, self.limits.max_seq_len)
+        first = Sequence(request, 0, list(request.prompt), limit)
+        siblings = [Sequence(request, index, list(request.prompt), limit, parent=first) for index in range(1, params.n)]
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         self._requests[request.id] = _Continuations(seed, ends, {s.index: s for s in (first, *siblings)})
         # The end of an earlier request must not be taken for this one's.
@@ -170,7 +178,7 @@ class Executor:
             read = launched
         if read:
             events += self._collect(read)
-        self._count(read.slices if read else [], time.perf_counter() - started)
+        self._count(read, time.perf_counter() - started)
         return events
 
     def _may_overlap(self) -> bool:
@@ -184,23 +192,27 @@ class Executor:
             return None
         slices = [item.slice() for item in work]
         choosing = [item.sequence for item, piece in zip(work, slices, strict=True) if piece.logits]
-        ticket = self.runner.launch(slices, [self._row(sequence) for sequence in choosing])
-        launched = _InFlight(ticket, slices, [(s, self._requests[s.request.id], len(s.tokens)) for s in choosing])
+        rows = [self._row(sequence) for sequence in choosing]
+        if self.burst > 1 and len(rows) == sum(len(piece.tokens) for piece in slices) and all(r.plain for r in rows):
+            work = self.scheduler.lengthen(work, self.burst)
+        steps = work[0].steps
+        ticket = self.runner.launch(slices, rows, steps)
+        launched = _InFlight(ticket, slices, steps, [(s, self._requests[s.request.id]) for s in choosing])
         for item in work:
             self.scheduler.computed(item)
         for row, sequence in enumerate(choosing):
-            sequence.tokens.append(PENDING)
-            sequence.source = row
-            if self._is_full(sequence, len(sequence.tokens)):
+            sequence.expect(row, steps)
+            if sequence.is_full:
                 self.scheduler.remove(sequence)
         return launched
 
     def _collect(self, step: _InFlight) -> list[TokenEvent]:
-        """Read the tokens of a step."""
+        """Read the tokens of a step, or of several."""
         events: list[TokenEvent] = []
-        for (sequence, state, place), one in zip(step.choosing, self.runner.collect(step.ticket), strict=True):
-            if state.open.get(sequence.index) is sequence:
-                events += self._advance(sequence, state, place, one)
+        for sampled in self.runner.collect(step.ticket):
+            for (sequence, state), one in zip(step.choosing, sampled, strict=True):
+                if state.open.get(sequence.index) is sequence:
+                    self._advance(sequence, state, one, events)
         return events
 
     def _refuse(self, request: Request) -> None:
@@ -227,21 +239,23 @@ class Executor:
         forbidden = state.ends if sequence.output_length < params.min_tokens else frozenset()
         return Row(params, sequence.tokens, sequence.prompt_length, state.seed, sequence.index, forbidden)
 
-    def _advance(self, sequence: Sequence, state: _Continuations, place: int, sampled: Sampled) -> list[TokenEvent]:
+    def _advance(
+        self, sequence: Sequence, state: _Continuations, sampled: Sampled, events: list[TokenEvent]
+    ) -> None:
         """Put the chosen token in the place of the pending one; end the sequence where it ends."""
-        request = sequence.request
         if sampled.token is None:
             # What was not started yet would fail on the same prompt.
-            return [self._fail(s) for s in ([sequence] if state.started else list(state.open.values()))]
-        sequence.tokens[place] = sampled.token
+            events += [self._fail(s) for s in ([sequence] if state.started else list(state.open.values()))]
+            return
+        sequence.learn(sampled.token)
         if not state.started:
             self._start_siblings(state)
-        finish = FinishReason.LENGTH if self._is_full(sequence, place + 1) else None
+        finish = FinishReason.LENGTH if sequence.known >= sequence.limit else None
         if sampled.token in state.ends:
             finish = FinishReason.STOP
         if finish is not None:
             self._end(sequence)
-        return [TokenEvent(request.id, sequence.index, sampled.token, sampled.logprob, sampled.top_logprobs, finish)]
+        events.append(TokenEvent(sequence.request.id, sequence.index, *sampled, finish))
 
     def _fail(self, sequence: Sequence) -> TokenEvent:
         request = sequence.request
@@ -251,10 +265,6 @@ class Executor:
             "Build with --dtype bf16 or fp32; if that does not help, check the checkpoint's weights.",
         )
         return TokenEvent(request.id, sequence.index, None, finish=FinishReason.ERROR, error=error)
-
-    def _is_full(self, sequence: Sequence, length: int) -> bool:
-        """Whether a sequence of `length` tokens may not grow."""
-        return length - sequence.prompt_length == sequence.request.params.max_tokens or length >= self.limits.max_seq_len
 
     def _start_siblings(self, state: _Continuations) -> None:
         """Queue the other continuations: the prompt is in the KV cache now, for them to share."""
@@ -272,15 +282,18 @@ class Executor:
         elif sequence.index == 0 and not state.started:
             self._start_siblings(state)
 
-    def _count(self, slices: list[SequenceSlice], seconds: float) -> None:
-        decodes = [piece for piece in slices if len(piece.tokens) == 1]
-        prefill = sum(len(piece.tokens) for piece in slices) - len(decodes)
-        self.last_step = StepStats(prefill, len(decodes), sum(piece.end for piece in decodes), seconds)
+    def _count(self, read: _InFlight | None, seconds: float) -> None:
+        slices, steps = (read.slices, read.steps) if read else ([], 0)
+        ends = [piece.end for piece in slices if len(piece.tokens) == 1]
+        prefill = sum(len(piece.tokens) for piece in slices) - len(ends)
+        decodes = steps * len(ends)
+        context = steps * sum(ends) + decodes * (steps - 1) // 2
+        self.last_step = StepStats(prefill, decodes, context, seconds)
         self.stats = replace(
             self.stats,
-            steps=self.stats.steps + bool(slices),
+            steps=self.stats.steps + steps,
             prefill_tokens=self.stats.prefill_tokens + prefill,
-            decode_tokens=self.stats.decode_tokens + len(decodes),
+            decode_tokens=self.stats.decode_tokens + decodes,
             reused_tokens=self.scheduler.reused,
             preemptions=self.scheduler.preemptions,
             peak_running=max(self.stats.peak_running, len(self.scheduler.running)),

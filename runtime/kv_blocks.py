@@ -172,11 +172,15 @@ class BlockManager:
         Blocks that have left the window of their group by `start` are given back first.
         """
         for group, table in zip(self.layout.groups, held.tables, strict=True):
-            self._give_back_passed(group, table, start)
-        if sum(max(0, self._count(end) - len(table)) for table in held.tables) > self.pool.available:
+            if group.window is not None:
+                self._give_back_passed(group, table, start)
+        count = self._count(end)
+        if len(held.tables[0]) >= count:  # tables are of one length
+            return True
+        if sum(count - len(table) for table in held.tables) > self.pool.available:
             return False
         for table in held.tables:
-            table += [self.pool.take() for _ in range(self._count(end) - len(table))]
+            table += [self.pool.take() for _ in range(count - len(table))]
         return True
 
     def missing_whole(self, held: SequenceBlocks, length: int, chunk: int) -> int:

@@ -22,6 +22,9 @@ from trtx.runtime.runner import runner_of
 from trtx.runtime.sampling import SamplingParams
 from trtx.runtime.tokenizer import TextStream, Tokenizer
 
+BURST = 8
+"""Steps of single tokens that are launched at once where nobody waits for each token."""
+
 Prompt = str | Sequence[int]
 """Text, or token ids."""
 
@@ -211,8 +214,12 @@ class LLM:
             for request in requests
             for index in range(request.params.n)
         }
-        for chunk in self.stream(requests):
-            found[chunk.request, chunk.index].append(chunk)
+        self.executor.burst = BURST
+        try:
+            for chunk in self.stream(requests):
+                found[chunk.request, chunk.index].append(chunk)
+        finally:
+            self.executor.burst = 1
         return list(found.values())
 
     def stream(self, requests: Iterable[Request]) -> Generator[Chunk, None, None]:

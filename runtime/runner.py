@@ -31,20 +31,22 @@ class Runner(ABC):
     """Whether a step may be launched before the one before is collected; tokens may then be `PENDING`."""
 
     @abstractmethod
-    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> Any:
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> Any:
         """Start a step: put the batch into the KV cache and choose a token for each slice that wants logits.
 
         Args:
             batch: slices of a single token first.
             rows: one for each wanted row of logits, in the order of the batch.
+            steps: of a batch of single tokens, for whose rows the likeliest token is chosen: so many steps, each with
+                the tokens that the one before has chosen. More than one only where `overlaps`.
 
         Returns:
-            What `collect` wants to see. Steps are collected in the order of their launches.
+            What `collect` wants to see. Launches are collected in the order of their launches.
         """
 
     @abstractmethod
-    def collect(self, ticket: Any) -> list[Sampled]:
-        """What a step has chosen, a token for each row; waits for it."""
+    def collect(self, ticket: Any) -> list[list[Sampled]]:
+        """What each step of a launch has chosen, a token for each row; waits for it."""
 
 
 class PlainRunner(Runner):
@@ -54,11 +56,12 @@ class PlainRunner(Runner):
     def run(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
         """Compute a step; see `launch`."""
 
-    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> list[Sampled]:
+        assert steps == 1
         return self.run(batch, rows)
 
-    def collect(self, ticket: list[Sampled]) -> list[Sampled]:
-        return ticket
+    def collect(self, ticket: list[Sampled]) -> list[list[Sampled]]:
+        return [ticket]
 
 
 def runner_of(engine: Engine, device: str | None, advance: Callable[[int], None]) -> Runner:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ class Row:
     forbidden: frozenset[int] = frozenset()
 
     @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is wanted, and nothing else."""
+        params = self.params
+        return params.greedy and not params.penalizes and not self.forbidden and params.logprobs is None
+
+    @property
     def output(self) -> Sequence[int]:
         """The tokens generated so far."""
         return self.tokens[self.prompt_length :]
@@ -51,8 +58,7 @@ class Row:
         return len(self.tokens) - self.prompt_length
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """A chosen token; None when the row's logits were not finite."""
 
     token: int | None

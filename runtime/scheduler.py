@@ -23,7 +23,8 @@ class Sequence:
 
     Attributes:
         index: which of the request's `n` continuations.
-        tokens: prompt and output so far; the last may be `PENDING` while a step is in flight.
+        tokens: prompt and output so far; the last `unread` are `PENDING` while steps are in flight.
+        limit: the length at which it ends.
         computed: how many of them are in the KV cache.
         blocks: held while it runs.
         digests: keys of its full blocks, kept for the next attempt while it waits.
@@ -34,11 +35,13 @@ class Sequence:
     request: Request
     index: int
     tokens: list[int]
+    limit: int
     computed: int = 0
     blocks: SequenceBlocks | None = None
     digests: list[bytes] = field(default_factory=list)
     parent: Sequence | None = None
     source: int | None = None
+    unread: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -56,15 +59,32 @@ class Sequence:
     @property
     def known(self) -> int:
         """Tokens that are not `PENDING`."""
-        return len(self.tokens) - (self.tokens[-1] == PENDING)
+        return len(self.tokens) - self.unread
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it may not grow."""
+        return len(self.tokens) >= self.limit
+
+    def expect(self, row: int, count: int) -> None:
+        """Note that steps are in flight which choose its next `count` tokens, in this row of their logits."""
+        self.tokens += [PENDING] * count
+        self.unread += count
+        self.source = row
+
+    def learn(self, token: int) -> None:
+        """Put a token in the place of the first pending one."""
+        self.tokens[-self.unread] = token
+        self.unread -= 1
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A sequence's share of a step: its next `count` tokens."""
+    """A sequence's share of a step: its next `count` tokens; or of `steps` steps, one token in each."""
 
     sequence: Sequence
     count: int
+    steps: int = 1
 
     def slice(self) -> SequenceSlice:
         """What a runner is told, until the next `schedule`: the tables are the sequence's own lists."""
@@ -76,7 +96,7 @@ class Scheduled:
             start=sequence.computed,
             tables=tuple(sequence.blocks.tables),
             logits=int(end == len(sequence.tokens)),
-            source=sequence.source if sequence.tokens[-1] == PENDING else None,
+            source=sequence.source if sequence.unread else None,
         )
 
 
@@ -123,7 +143,7 @@ class Scheduler:
         """
         sequence = work.sequence
         assert sequence.blocks is not None
-        sequence.computed += work.count
+        sequence.computed += work.count * work.steps
         self.manager.publish(sequence.blocks, sequence.tokens, min(sequence.computed, sequence.known))
 
     def schedule(self) -> list[Scheduled]:
@@ -149,6 +169,21 @@ class Scheduler:
             budget -= count
         work = [Scheduled(sequence, count) for sequence, count in step.items()]
         return sorted(work, key=lambda item: item.count > 1)
+
+    def lengthen(self, work: list[Scheduled], steps: int) -> list[Scheduled]:
+        """Let a step of single tokens be up to `steps` steps: as many as no sequence ends in, where all have room.
+
+        Only when no sequence waits for one that ends: it would wait longer.
+        """
+        steps = min([steps, *(item.sequence.limit - len(item.sequence.tokens) for item in work)])
+        if steps < 2 or len(work) < len(self.running) or (self.waiting and len(self.running) < self.max_batch_size):
+            return work
+        for item in work:
+            sequence = item.sequence
+            assert sequence.blocks is not None
+            if not self.manager.reserve(sequence.blocks, sequence.computed, sequence.computed + steps):
+                return work
+        return [Scheduled(item.sequence, 1, steps) for item in work]
 
     def _decodes_first(self) -> Iterator[Sequence]:
         yield from [s for s in self.running if s.pending == 1]

@@ -5,6 +5,9 @@
     to 64     `skinny`: tensor cores, programs share the K of a tile; still bound by reading it
     more      cuBLAS, on codes of 8 bits where it takes them, else on the weight dequantized for the call
 
+Weights of 4 bits have kernels of their own, `gemv4` and `skinny4`; up to a few hundred tokens, 64 at a time are less
+work than dequantizing.
+
 The kernels apply the activation of a gated MLP and treat the input as the format says; before cuBLAS and after it
 kernels of their own do.
 """
@@ -26,8 +29,13 @@ from trtx.runtime.cuda.launch import Constant, Launch
 SKINNY, SKINNY_CODES = 64, 16
 """The most tokens that `skinny` multiplies, with weights of 16 and of 8 bits: measured against cuBLAS on an H100."""
 
+SKINNY_WORDS = 256
+"""The most tokens that `skinny4` multiplies, `SKINNY` at a time."""
+
 _SHARED_BYTES = 160 << 10
 """Shared memory that the stages of a pipeline may take."""
+
+AHEAD = True
 
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
@@ -39,10 +47,12 @@ class _Way:
 
     Attributes:
         input, scale: see `runtime.kernels.linear`; input 'by token' is 'codes' of a kernel of its own.
+        codes: of 4-bit weights, which are kept as words.
     """
 
     input: str = "plain"
     scale: str = "one"
+    codes: str | None = None
 
 
 _WAYS = {
@@ -53,8 +63,18 @@ _WAYS = {
     "int8_wo": _Way(scale="row"),
     "int8_sq": _Way("int8", "row"),
     "w4a8_awq": _Way("e4m3"),
+    "int4_awq": _Way("smooth", codes="int4"),
+    "mxfp4": _Way(codes="e2m1"),
+    "nvfp4_wo": _Way(scale="tensor", codes="e2m1"),
+    "nvfp4": _Way(scale="tensor", codes="e2m1"),
 }
-"""The other formats are dequantized when they are brought into kernel layout."""
+"""Other formats are dequantized when they are brought into kernel layout; w4a8_awq becomes e4m3, which it multiplies."""
+
+_ROUNDED_BY_TORCH = ("nvfp4", "mxfp8")
+"""Formats whose rounding of the input has no kernel."""
+
+_RUN = 32
+"""Columns that a run of words holds; a 4-bit weight with a part of a run left is dequantized."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +82,10 @@ class CudaLinear:
     """A linear's weight, or several fused along their outputs, ready for the kernels.
 
     Attributes:
-        weight: [N, K] of a float dtype, e4m3 or int8.
+        weight: [N, K] of a float dtype, e4m3 or int8; int32 words [N, K / 8] of 4-bit weights.
         rows: output features of each fused part.
         scale: of each row of codes, [N], or [] for all.
+        groups: of words: the scales [N, K / group size].
         smooth: [K], multiplied into the input.
         input_scale: [] of the input's codes.
         scales: [2] for kernels that round their input: 1 / input scale, and what the sums of products are to be
@@ -80,6 +101,7 @@ class CudaLinear:
     way: _Way
     counters: Tensor
     scale: Tensor | None = None
+    groups: Tensor | None = None
     smooth: Tensor | None = None
     input_scale: Tensor | None = None
     scales: Tensor | None = None
@@ -92,46 +114,72 @@ class CudaLinear:
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self.weight.shape[1] * (8 if self.words else 1)
+
+    @property
+    def words(self) -> bool:
+        """Whether the weight is kept in words."""
+        return self.weight.dtype == torch.int32
 
 
 def kernel_layout(weight: LinearWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a stored weight as the kernels read them, by suffix: what an engine holds."""
-    tensors, form = dict(weight.tensors), weight.format
+    tensors, form = weight.tensors, weight.format
+    kept = {suffix: tensors[suffix] for suffix in form.input_tensors}
+    if weight.bias is not None:
+        kept["bias"] = weight.bias.to(dtype)
+    way = _WAYS.get(form.name, _Way())
+    if way.codes and _columns(tensors["weight"], way) % _RUN == 0:
+        return {**tensors, "weight": _words(tensors["weight"], way), **kept}
     if form.name == "w4a8_awq":
-        codes = form.weight(tensors, torch.float32) / tensors["weight_scale_2"]
-        tensors = {"weight": codes.to(E4M3), "weight_scale": tensors.pop("weight_scale_2"), **_but(tensors, "weight")}
-    elif form.name not in _WAYS or form.name == "none":
-        tensors = {"weight": form.weight(tensors, dtype), **_but(tensors, "weight")}
-    if "bias" in tensors:
-        tensors["bias"] = tensors["bias"].to(dtype)
-    return tensors
+        scale = tensors["weight_scale_2"]
+        return {"weight": (form.weight(tensors, torch.float32) / scale).to(E4M3), "weight_scale": scale, **kept}
+    if form.name in _WAYS and form.name != "none" and not way.codes:
+        return {**tensors, **kept}
+    return {"weight": form.weight(tensors, dtype), **kept}
 
 
-def _but(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    return {suffix: tensor for suffix, tensor in tensors.items() if not suffix.startswith(start)}
+def _columns(packed: Tensor, way: _Way) -> int:
+    """Input features of a packed 4-bit weight."""
+    return packed.shape[1] * (1 if way.codes == "int4" else 2)
+
+
+def _words(packed: Tensor, way: _Way) -> Tensor:
+    """Words [N, K / 8] of a packed 4-bit weight; see `runtime.kernels.linear`."""
+    if way.codes == "int4":
+        nibbles = torch.stack([packed & 0xF, packed >> 4], dim=1).flatten(0, 1) ^ 8
+    else:
+        nibbles = torch.stack([packed & 0xF, packed >> 4], dim=2).flatten(1)
+    runs = nibbles.unflatten(1, (-1, 8, 4))
+    words = runs[:, :, 0].int()
+    for place in range(1, 8):
+        words |= runs[:, :, place].int() << 4 * place
+    return words.flatten(1)
 
 
 def resident(
     name: str, form: Format, tensors: Mapping[str, Tensor], rows: tuple[int, ...], dtype: torch.dtype
 ) -> CudaLinear:
     """A weight in kernel layout, on its device, ready to be multiplied with."""
-    way = _WAYS.get(form.name, _Way())
-    weight, scale, input_scale = (tensors.get(suffix) for suffix in ("weight", "weight_scale", "input_scale"))
-    assert weight is not None
+    weight, groups, bias = tensors["weight"], None, tensors.get("bias")
+    scale, input_scale = tensors.get("weight_scale"), tensors.get("input_scale")
+    way = _Way() if weight.dtype == dtype else _WAYS[form.name]
+    if way.codes:
+        groups, scale = scale, tensors.get("weight_scale_2")
     scales = None
     if way.input in ("e4m3", "int8"):
         assert scale is not None and input_scale is not None
         scales = torch.stack([1 / input_scale, input_scale if way.scale == "row" else input_scale * scale])
-    by_torch = form.changes_input and form.name not in _WAYS
+    by_torch = form.changes_input and (weight.dtype == dtype or form.name in _ROUNDED_BY_TORCH)
     return CudaLinear(
         name=name,
         weight=weight,
-        bias=tensors.get("bias"),
+        bias=bias,
         rows=rows,
         way=way,
         counters=torch.zeros(-(-sum(rows) // 16), dtype=torch.int32, device=weight.device),
         scale=scale,
+        groups=groups,
         smooth=None if by_torch else tensors.get("pre_quant_scale"),
         input_scale=input_scale,
         scales=scales,
@@ -199,26 +247,91 @@ def _linear(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation | N
     if w.rounding is not None:
         x = w.rounding.activation(x, w.tensors)
     m, n = len(x), w.out_features // (1 if activation is None else 2)
-    exact = x.dtype == torch.float32
-    if m > (1 if exact else SKINNY if w.weight.itemsize > 1 else SKINNY_CODES):
+    if m > _most_tokens(w, x.dtype):
         y = _product(launch, x, w)
         if activation is not None:
             y = gated_activation(launch, y, activation)
         return y if out is None else out.copy_(y)
     if out is None:
         out = x.new_empty(m, n)
+    constants = {"N": n, "K": w.in_features, "SCALE": w.way.scale, **_activation(activation)}
+    if w.words:
+        _multiply_words(launch, x, w, out, constants)
+        return out
     if w.way.input == "by token":
         x, x_scale = quantize(launch, x, w)
         given = "codes"
     else:
         x_scale, given = None, w.way.input
     operands = (x, w.weight, w.scale, w.scales, w.smooth, x_scale, w.bias, out)
-    constants = {"N": n, "K": w.in_features, "INPUT": given, "SCALE": w.way.scale, **_activation(activation)}
+    constants["INPUT"] = given
     if m == 1:
         _gemv(launch, operands, constants, w.weight.itemsize)
     else:
         _skinny(launch, operands, constants, w, m)
     return out
+
+
+def _most_tokens(w: CudaLinear, dtype: torch.dtype) -> int:
+    """The most tokens that are not left to cuBLAS."""
+    if dtype == torch.float32:
+        return 1
+    if w.words:
+        return SKINNY_WORDS
+    return SKINNY if w.weight.itemsize > 1 else SKINNY_CODES
+
+
+def _multiply_words(launch: Launch, x: Tensor, w: CudaLinear, out: Tensor, constants: dict[str, Constant]) -> None:
+    """x times a weight in words."""
+    assert w.groups is not None
+    n, k, parts = out.shape[1], w.in_features, 2 if constants["GATED"] else 1
+    constants |= {"CODES": w.way.codes, "GROUP": k // w.groups.shape[1]}
+    if len(x) == 1:
+        rows, words, warps = gemv4_shape(n, k, parts)
+        launch(
+            "linear.gemv4",
+            (-(-n // rows),),
+            (x, w.weight, w.groups, w.scale, w.smooth, w.bias, out),
+            {**constants, "INPUT": w.way.input, "ROWS": rows, "WORDS": words},
+            warps,
+            stages=1,
+            pdl=True,
+        )
+        return
+    if w.smooth is not None:
+        x, _ = quantize(launch, x, w)
+    for some, part in zip(x.split(SKINNY), out.split(SKINNY), strict=True):
+        shape = skinny4_shape(len(some), n, k)
+        tiles = -(-n // shape.rows)
+        launch(
+            "linear.skinny4",
+            (tiles, shape.splits),
+            (some, w.weight, w.groups, w.scale, w.bias, part, _partials(shape, tiles, parts, w), w.counters, len(some)),
+            {
+                **constants, "BLOCK_M": shape.tokens, "BLOCK_N": shape.rows, "WORDS": shape.block,
+                "SPLITS": shape.splits,
+            },
+            shape.warps,
+            shape.stages,
+            pdl=True,
+        )  # fmt: skip
+
+
+def gemv4_shape(n: int, k: int, parts: int) -> tuple[int, int, int]:
+    """Rows a program, words at a time, and warps: as `gemv_shape`."""
+    words = _power_of_two(k // 8)
+    if words > 512:
+        words = next((b for b in (512, 256) if -(-k // (8 * b)) * 8 * b <= 1.15 * k), 128)
+    rows = 8 // parts
+    while rows > 1 and n < rows * _PROGRAMS:
+        rows //= 2
+    return rows, words, _warps(words, 4)
+
+
+def skinny4_shape(m: int, n: int, k: int) -> Skinny:
+    """How `skinny4` is launched: `block` counts words."""
+    words, rows = 32, 64
+    return Skinny(rows, max(16, _power_of_two(m)), words, _splits(-(-n // rows), -(-k // (8 * words)), 1), stages=3)
 
 
 Operands = tuple[Tensor | None, ...]
@@ -229,7 +342,7 @@ def _gemv(launch: Launch, operands: Operands, constants: dict[str, Constant], it
     assert isinstance(n, int) and isinstance(k, int)
     rows, block, warps = gemv_shape(n, k, itemsize, parts)
     launch(
-        "linear.gemv", (-(-n // rows),), operands, {**constants, "ROWS": rows, "BLOCK_K": block}, warps, stages=1,
+        "linear.gemv", (-(-n // rows),), operands, {**constants, "ROWS": rows, "BLOCK_K": block, "AHEAD": AHEAD}, warps, stages=1,
         pdl=True,
     )  # fmt: skip
 
@@ -255,14 +368,10 @@ def _skinny(launch: Launch, operands: Operands, constants: dict[str, Constant], 
     assert isinstance(n, int) and isinstance(k, int)
     shape = skinny_shape(m, n, k, w.weight.itemsize, parts)
     tiles = -(-n // shape.rows)
-    partials = None
-    if shape.splits > 1:
-        size = tiles * shape.splits * parts * shape.rows * shape.tokens
-        partials = w.counters.new_empty(size, dtype=torch.float32)
     launch(
         "linear.skinny",
         (tiles, shape.splits),
-        (*operands, partials, w.counters, m),
+        (*operands, _partials(shape, tiles, parts, w), w.counters, m),
         {
             **constants, "BLOCK_M": shape.tokens, "BLOCK_N": shape.rows, "BLOCK_K": shape.block,
             "SPLITS": shape.splits,
@@ -289,13 +398,25 @@ def skinny_shape(m: int, n: int, k: int, itemsize: int, parts: int) -> Skinny:
     """How `skinny` is launched for m tokens and n outputs, each of `parts` rows of a weight."""
     rows = 64
     block = min(128 // itemsize * 2, _power_of_two(k))
-    tiles, blocks = -(-n // rows), -(-k // block)
-    splits = max(1, min(_PROGRAMS // tiles, blocks // 4, 8))
-    while -(-blocks // splits) * (splits - 1) >= blocks:  # the last would have nothing
-        splits -= 1
+    splits = _splits(-(-n // rows), -(-k // block), 4)
     tokens = max(16, _power_of_two(m))
     stage = block * (rows * parts * itemsize + tokens * 2)
     return Skinny(rows, tokens, block, splits, stages=max(2, min(4, _SHARED_BYTES // stage)))
+
+
+def _splits(tiles: int, blocks: int, least: int) -> int:
+    """Programs that share the blocks of a tile's K, so that all are busy and each has `least` or more to do."""
+    splits = max(1, min(_PROGRAMS // tiles, blocks // least, 8))
+    while -(-blocks // splits) * (splits - 1) >= blocks:  # the last would have nothing
+        splits -= 1
+    return splits
+
+
+def _partials(shape: Skinny, tiles: int, parts: int, w: CudaLinear) -> Tensor | None:
+    """Where programs that share a tile leave their sums."""
+    if shape.splits == 1:
+        return None
+    return w.counters.new_empty(tiles * shape.splits * parts * shape.rows * shape.tokens, dtype=torch.float32)
 
 
 def _product(launch: Launch, x: Tensor, w: CudaLinear) -> Tensor:
@@ -303,8 +424,9 @@ def _product(launch: Launch, x: Tensor, w: CudaLinear) -> Tensor:
     weight, bias, dtype = w.weight, w.bias, x.dtype
     if weight.dtype == dtype:
         return F.linear(x, weight, bias)
-    if w.way.input == "plain":
-        return F.linear(x, _dequantized(launch, w, dtype), bias)
+    if w.way.input == "plain" or w.words:
+        given = x if w.smooth is None else quantize(launch, x, w)[0]
+        return F.linear(given, _dequantized(launch, w, dtype), bias)
     codes, by_token = quantize(launch, x, w)
     if weight.dtype == E4M3 and _multiplies_codes(x, w):
         assert w.scale is not None
@@ -324,8 +446,17 @@ def _multiplies_codes(x: Tensor, w: CudaLinear) -> bool:
 
 
 def _dequantized(launch: Launch, w: CudaLinear, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(w.weight, dtype=dtype)
-    n, k = out.shape
+    """The weight [N, K] for one product."""
+    n, k = w.out_features, w.in_features
+    out = w.weight.new_empty(n, k, dtype=dtype)
+    if w.groups is not None:
+        block = min(256, _power_of_two(k // 8))
+        launch(
+            "linear.dequantize4", (n, -(-k // (8 * block))), (w.weight, w.groups, w.scale, out),
+            {"K": k, "SCALE": w.way.scale, "CODES": w.way.codes, "GROUP": k // w.groups.shape[1], "WORDS": block},
+            _warps(block, 4), pdl=True,
+        )  # fmt: skip
+        return out
     block = min(2048, _power_of_two(k))
     launch(
         "linear.dequantize", (n, -(-k // block)), (w.weight, w.scale, out),

@@ -62,20 +62,16 @@ def read_tensors(files: list[Path], device: torch.device, advance: Callable[[int
     handles = {file: os.open(file, os.O_RDONLY) for file in files}
     stream = torch.cuda.Stream(device) if pinned else None
 
+    @torch.inference_mode()  # of this thread
     def move(piece: _Piece) -> int:
         buffer = buffers.get()
-        buffer.wait()
-        size = len(piece.target)
-        view = memoryview(buffer.bytes.numpy().data)[:size]
-        done = 0
-        while done < size:
-            count = os.preadv(handles[piece.file], [view[done:]], piece.start + done)
-            if not count:
-                raise InputError(f"{piece.file}: is truncated.", "Build the engine again.")
-            done += count
-        buffer.send(piece.target, stream)
-        buffers.put(buffer)
-        return size
+        try:
+            buffer.wait()
+            _read(handles[piece.file], piece, buffer.bytes)
+            buffer.send(piece.target, stream)
+        finally:
+            buffers.put(buffer)
+        return len(piece.target)
 
     try:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -87,6 +83,21 @@ def read_tensors(files: list[Path], device: torch.device, advance: Callable[[int
     if stream is not None:
         stream.synchronize()
     return tensors
+
+
+def _read(handle: int, piece: _Piece, into: Tensor) -> None:
+    """Read a piece of a file.
+
+    Raises:
+        InputError: the file ends before.
+    """
+    view = memoryview(into.numpy().data)[: len(piece.target)]
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:]], piece.start + done)
+        if not count:
+            raise InputError(f"{piece.file}: is truncated.", "Build the engine again.")
+        done += count
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,10 @@ class CudaRunner(Runner):
         torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> Ticket:
-        return self._steps.launch(batch, rows)
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> Ticket:
+        return self._steps.launch(batch, rows, steps)
 
-    def collect(self, ticket: Ticket) -> list[Sampled]:
+    def collect(self, ticket: Ticket) -> list[list[Sampled]]:
         return self._steps.collect(ticket)
 
 

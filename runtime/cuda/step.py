@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.batch import PENDING, SequenceSlice
 from trtx.runtime.cuda.attention import AttentionStep, query_tile, tiles_of
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import Launch
@@ -35,13 +35,17 @@ class CudaStep:
     cache: CudaKVCache
 
 
+MOST_STEPS = 16
+"""The most steps of single tokens that are launched at once."""
+
+
 class Mailbox:
     """A tensor of int32 on the device, and pinned copies of it on the host, one for each step that may be in flight.
 
-    A step may be put together when the one before the last has been read.
+    A launch may be put together when the one before the last has been read.
     """
 
-    IN_FLIGHT = 2
+    IN_FLIGHT = 2 * MOST_STEPS
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         pinned = device.type == "cuda"
@@ -243,9 +247,21 @@ class StepMaker:
         lengths[:size] = positions[:size] + 1
         sequence[:size] = np.arange(size)
         sequence[size:] = -1
-        self._inputs.fill(
-            {"ids": ids, "sources": sources, "positions": positions, "lengths": lengths, "sequence": sequence}
-        )
+        self._last = ids, sources, positions, lengths, sequence
+        self._send()
+
+    def fill_later(self, size: int) -> None:
+        """Send the numbers of the step after the last one of single tokens, whose tokens that one has chosen."""
+        ids, sources, positions, lengths, _ = self._last
+        ids[:size] = PENDING
+        sources[:size] = np.arange(size)
+        positions[:size] += 1
+        lengths[:size] += 1
+        self._send()
+
+    def _send(self) -> None:
+        names = "ids", "sources", "positions", "lengths", "sequence"
+        self._inputs.fill(dict(zip(names, self._last, strict=True)))
 
     def fill_nothing(self, shape: Shape) -> None:
         """Send the numbers of a step of this shape without any sequence, for a trial."""

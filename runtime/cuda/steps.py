@@ -16,7 +16,7 @@ from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda import sampling
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.ops import CudaOps
-from trtx.runtime.cuda.step import BlockTables, Shape, StepInputs, StepMaker, resolve
+from trtx.runtime.cuda.step import MOST_STEPS, BlockTables, Shape, StepInputs, StepMaker, resolve
 from trtx.runtime.decoder import Decoder
 from trtx.runtime.sampler import Row, Sampled, report, wanted_logprobs
 
@@ -41,12 +41,13 @@ class Ticket:
     """A step that was launched.
 
     Attributes:
-        chosen: tokens and whether their logits were finite, [2, rows] int32, on the host once `done` has happened.
+        chosen: tokens and whether their logits were finite, [2, rows] int32 for each step, on the host once `done` has
+            happened.
         logprobs: of the rows that want any, on the device, by their place.
     """
 
     rows: Sequence[Row]
-    chosen: Tensor
+    chosen: list[Tensor]
     logprobs: dict[int, Tensor]
     done: torch.cuda.Event | None = None
 
@@ -80,7 +81,8 @@ class Steps:
         self._makers = {name: StepMaker(inputs, *shared) for name, inputs in self._inputs.items()}
         self._ids = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._chosen = torch.zeros(2, batch, dtype=torch.int32, device=device)
-        self._host = [torch.zeros(2, batch, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
+        pinned = device.type == "cuda"
+        self._host = [torch.zeros(2, batch, dtype=torch.int32, pin_memory=pinned) for _ in range(2 * MOST_STEPS)]
         self._turn = 0
         self._graphs: dict[Shape, _Captured] = {}
         self.shapes = [("decodes", Shape.of_decodes(count)) for count in batch_sizes(batch)]
@@ -103,11 +105,22 @@ class Steps:
             self._graphs[shape] = _Captured(graph, logits)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> Ticket:
-        """Start a step; see `Runner.launch`."""
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> Ticket:
+        """Start a step, or several; see `Runner.launch`."""
         logits = self.logits(batch)[: len(rows)]
         self.choose(logits, rows)
-        return self._ticket(logits, rows)
+        chosen = [self._on_its_way(len(rows))]
+        assert steps <= MOST_STEPS
+        for _ in range(1, steps):
+            kind, shape = self._shape(batch)
+            self._makers[kind].fill_later(len(batch))
+            self._run(kind, shape)
+            chosen.append(self._on_its_way(len(rows)))
+        ticket = Ticket(rows, chosen, wanted_logprobs(logits, rows))
+        if logits.device.type == "cuda":  # also without rows: whoever waits for a step may use its mailboxes again
+            ticket.done = torch.cuda.Event()
+            ticket.done.record()
+        return ticket
 
     def logits(self, batch: Sequence[SequenceSlice]) -> Tensor:
         """The logits of a step, [rows, V] and perhaps more rows; the likeliest tokens stay for the next step."""
@@ -117,21 +130,13 @@ class Steps:
             self._makers[kind].fill_decodes(batch, shape.tokens)
         else:
             self._makers[kind].fill(batch, shape)
-        if shape not in self._graphs:
-            return self.compute(kind, shape)
-        captured = self._graphs[shape]
-        captured.graph.replay()
-        return captured.logits
+        return self._run(kind, shape)
 
-    def collect(self, ticket: Ticket) -> list[Sampled]:
-        """Wait for a step, and read its tokens."""
+    def collect(self, ticket: Ticket) -> list[list[Sampled]]:
+        """Wait for a launch, and read its tokens, step by step."""
         if ticket.done is not None:
             ticket.done.synchronize()
-        tokens, finite = ticket.chosen.tolist()
-        return [
-            report(token, row, ticket.logprobs.get(place)) if whole else Sampled(None)
-            for place, (token, whole, row) in enumerate(zip(tokens, finite, ticket.rows, strict=True))
-        ]
+        return [self._read(chosen, ticket) for chosen in ticket.chosen]
 
     def compute(self, kind: str, shape: Shape) -> Tensor:
         """Launch the kernels of a step whose numbers have been sent."""
@@ -160,16 +165,29 @@ class Steps:
         for place, chosen in zip(self._chosen, sampling.choose(self._ops.launch, logits, parameters), strict=True):
             place[: len(rows)].copy_(chosen)
 
-    def _ticket(self, logits: Tensor, rows: Sequence[Row]) -> Ticket:
-        """Send the chosen tokens to the host."""
-        host = self._host[self._turn][:, : len(rows)]
-        self._turn = 1 - self._turn
-        host.copy_(self._chosen[:, : len(rows)], non_blocking=True)
-        ticket = Ticket(rows, host, wanted_logprobs(logits, rows))
-        if host.device != logits.device:  # also without rows: whoever waits for a step may use its mailboxes again
-            ticket.done = torch.cuda.Event()
-            ticket.done.record()
-        return ticket
+    def _run(self, kind: str, shape: Shape) -> Tensor:
+        """Logits of a step whose numbers have been sent."""
+        if shape not in self._graphs:
+            return self.compute(kind, shape)
+        captured = self._graphs[shape]
+        captured.graph.replay()
+        return captured.logits
+
+    def _on_its_way(self, count: int) -> Tensor:
+        """Where the chosen tokens of the first `count` rows will stand on the host."""
+        host = self._host[self._turn][:, :count]
+        self._turn = (self._turn + 1) % len(self._host)
+        host.copy_(self._chosen[:, :count], non_blocking=True)
+        return host
+
+    def _read(self, chosen: Tensor, ticket: Ticket) -> list[Sampled]:
+        tokens, finite = chosen.tolist()
+        if not ticket.logprobs and all(finite):
+            return list(map(Sampled, tokens))
+        return [
+            report(token, row, ticket.logprobs.get(place)) if whole else Sampled(None)
+            for place, (token, whole, row) in enumerate(zip(tokens, finite, ticket.rows, strict=True))
+        ]
 
 
 def _fits(exact: Shape, shape: Shape) -> bool:

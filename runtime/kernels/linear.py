@@ -8,12 +8,16 @@ Weights are [N, K] row-major; a gated linear has N gate rows, then N up rows.
 
     INPUT    what is multiplied           y is scaled by
     plain    x                            1
-    smooth   x * smooth, rounded          1
+    smooth   x * smooth                   1
     e4m3     e4m3(x / input scale)        input scale * weight scale: `scales` = (1 / input scale, the product)
     int8     int8(x * smooth / …)         the same
     codes    x, codes of a `quantize`     x_scale of the token
 
-    SCALE    of the weight: one | row: `scale` [rows]
+    SCALE    of the weight: one | row: `scale` [rows] | tensor: `scale` []
+
+Words of 4-bit weights. Each run of 32 columns is 4 words of 32 bits; nibble i of word j is column 4 i + j, so that a
+thread reads 16 bytes of the weight and, for each nibble, consecutive columns of x. `CODES` are int4 (plus 8) or e2m1;
+groups of GROUP columns share a scale: `groups` [rows, K / GROUP], fp32, e4m3, or E8M0 as uint8.
 """
 
 from __future__ import annotations
@@ -60,13 +64,11 @@ def _rounded(v, inverse, INPUT: tl.constexpr):
 @triton.jit
 def _multiplied(
     v, smooth, inverse, k,
-    K: tl.constexpr, DTYPE: tl.constexpr, INPUT: tl.constexpr, WHOLE: tl.constexpr,
+    K: tl.constexpr, INPUT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Elements v of x, in fp32, as the weight is multiplied with them; k: their columns, all of them below K if WHOLE."""
     if smooth is not None:
         v *= _vector(smooth, k, K, WHOLE)
-    if INPUT == "smooth":
-        v = v.to(DTYPE).to(tl.float32)
     if INPUT == "e4m3" or INPUT == "int8":
         v = _rounded(v, inverse, INPUT)
     return v
@@ -111,6 +113,8 @@ def _finished(
         y *= tl.load(x_scale + m)
     if SCALE == "row":
         y *= tl.load(scale + n, mask=inside, other=0.0)
+    if SCALE == "tensor":
+        y *= tl.load(scale)
     if bias is not None:
         y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     return y
@@ -125,7 +129,7 @@ def _prefetch(weight, first, begin, N: tl.constexpr, K: tl.constexpr, ROWS: tl.c
     """
     LINE: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
     rows = tl.minimum(first + tl.arange(0, ROWS), N - 1).to(tl.int64)
-    k = tl.minimum(begin + tl.arange(0, COUNT // LINE) * LINE, K - LINE)
+    k = tl.maximum(tl.minimum(begin + tl.arange(0, COUNT // LINE) * LINE, K - LINE), 0)
     lines = weight + rows[:, None] * K + k[None, :]
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
 
@@ -135,7 +139,7 @@ def gemv(
     x, weight, scale, scales, smooth, x_scale, bias, out,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N] = x [K] times weight [N, K] (gated: [2N, K]) of a float dtype, e4m3 or int8; ROWS outputs a program.
 
@@ -151,7 +155,7 @@ def gemv(
         u = _block(tile + N * K, row, k, N, K, ROWS, BLOCK_K)
     inverse = _inverse(scales, INPUT)
     if PDL:
-        if K > BLOCK_K:
+        if AHEAD and K > BLOCK_K:
             first = tl.program_id(0) * ROWS
             _prefetch(weight, first, BLOCK_K, N, K, ROWS, BLOCK_K)
             if GATED:
@@ -159,8 +163,7 @@ def gemv(
         tl.extra.cuda.gdc_wait()
 
     WHOLE: tl.constexpr = K % BLOCK_K == 0
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    v = _multiplied(_vector(x, k, K, WHOLE), smooth, inverse, k, K, DTYPE, INPUT, WHOLE)
+    v = _multiplied(_vector(x, k, K, WHOLE), smooth, inverse, k, K, INPUT, WHOLE)
     sums = w.to(tl.float32) * v[None, :]
     if GATED:
         up_sums = u.to(tl.float32) * v[None, :]
@@ -169,7 +172,7 @@ def gemv(
         w = _block(tile + start, row, at, N, K, ROWS, BLOCK_K)
         if GATED:
             u = _block(tile + N * K + start, row, at, N, K, ROWS, BLOCK_K)
-        v = _multiplied(_vector(x, at, K, WHOLE), smooth, inverse, at, K, DTYPE, INPUT, WHOLE)
+        v = _multiplied(_vector(x, at, K, WHOLE), smooth, inverse, at, K, INPUT, WHOLE)
         sums += w.to(tl.float32) * v[None, :]
         if GATED:
             up_sums += u.to(tl.float32) * v[None, :]
@@ -231,7 +234,7 @@ def skinny(
         else:
             v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
         if INPUT != "plain" and INPUT != "codes":
-            v = _multiplied(v.to(tl.float32), smooth, inverse, k[None, :], K, DTYPE, INPUT, WHOLE).to(MULTIPLIED)
+            v = _multiplied(v.to(tl.float32), smooth, inverse, k[None, :], K, INPUT, WHOLE).to(MULTIPLIED)
         v = tl.trans(v)
         sums = tl.dot(_cast(w, MULTIPLIED), v, sums, max_num_imprecise_acc=BLOCK_K)
         if GATED:
@@ -240,6 +243,183 @@ def skinny(
     _reduced(
         sums, up_sums, row, scale, scales, x_scale, bias, out, partials, counters, M,
         N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _columns(word, NIBBLE: tl.constexpr):
+    """The columns of x that a nibble of words stands for."""
+    return word // 4 * 32 + word % 4 + 4 * NIBBLE
+
+
+@triton.jit
+def _e2m1(word, NIBBLE: tl.constexpr):
+    """A nibble of words times 2^-126, in fp32: sign, exponent and mantissa moved to where fp32 has its lowest."""
+    sign_first = word << (28 - 4 * NIBBLE)  # an arithmetic shift repeats the sign, and leaves it where fp32 has it
+    return ((sign_first >> 6) & -0x7E400000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _group_scale(groups, inside):
+    """Scales of groups in fp32."""
+    scale = tl.load(groups, mask=inside, other=0.0)
+    if groups.dtype.element_ty == tl.uint8:  # E8M0: the exponent of an fp32; 2^-127 is subnormal
+        bits = scale.to(tl.int32) << 23
+        return tl.where(bits == 0, 0x00400000, bits).to(tl.float32, bitcast=True)
+    else:
+        return scale.to(tl.float32)
+
+
+@triton.jit
+def _word_products(
+    x, weight, groups, smooth, row, word,
+    N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Products of x with the words `weight`, summed over the nibbles of each and scaled, but for FACTOR in `gemv4`."""
+    WHOLE: tl.constexpr = K % (8 * WORDS) == 0
+    inside = (row < N)[:, None] & (word < K // 8)[None, :]
+    group = groups + row[:, None] * (K // GROUP) + (word // 4 * 32 // GROUP)[None, :]
+    scale = _group_scale(group, inside)
+    if CODES == "int4":
+        # Under the exponent of 1 a nibble u is 1 + u / 16 in the mantissa's upper bits, 1 + u / 256 in the next four:
+        # u - 8 is 16 (that - 1.5), or 256 (that - 1.03125). What is subtracted is summed once for all rows. The grid has
+        # one axis: program_id(2) is 0 and hides a constant, of which an instruction takes only one beside registers.
+        one = 0x3F800000 + tl.program_id(2)
+        low = tl.zeros([ROWS, WORDS], tl.float32)
+        high = tl.zeros([ROWS, WORDS], tl.float32)
+        excess = tl.zeros([WORDS], tl.float32)
+        for pair in tl.static_range(4):
+            k = _columns(word, 2 * pair)
+            v = _multiplied(_vector(x, k, K, WHOLE), smooth, 1.0, k, K, INPUT, WHOLE)
+            k = _columns(word, 2 * pair + 1)
+            u = _multiplied(_vector(x, k, K, WHOLE), smooth, 1.0, k, K, INPUT, WHOLE)
+            both = weight << (15 - 8 * pair) if pair < 2 else weight >> (8 * pair - 15)
+            low += ((both & 0x00078000) | one).to(tl.float32, bitcast=True) * v[None, :]
+            high += ((both & 0x00780000) | one).to(tl.float32, bitcast=True) * u[None, :]
+            excess += 16.5 * v + 1.5 * u
+        return (16 * low + (high - excess[None, :])) * scale
+    else:
+        sums = tl.zeros([ROWS, WORDS], tl.float32)  # x and the sum share the 2^126 that nibbles lack
+        for nibble in tl.static_range(8):
+            if GROUP == 16 and nibble == 4:  # the second group of the run
+                sums *= scale
+                scale = _group_scale(group + 1, inside)
+                first = sums
+                sums = tl.zeros([ROWS, WORDS], tl.float32)
+            k = _columns(word, nibble)
+            v = _multiplied(_vector(x, k, K, WHOLE), smooth, 1.0, k, K, INPUT, WHOLE) * 9223372036854775808.0
+            sums += _e2m1(weight, nibble) * v[None, :]
+        sums *= scale
+        if GROUP == 16:
+            sums += first
+        return sums
+
+
+@triton.jit
+def gemv4(
+    x, weight, groups, scale, smooth, bias, out,
+    N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
+    CODES: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`gemv` for words [N, K / 8], WORDS at a time."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    word = tl.arange(0, WORDS)
+    WIDTH: tl.constexpr = K // 8
+    tile = weight + tl.program_id(0).to(tl.int64) * ROWS * WIDTH + tl.arange(0, ROWS)[:, None] * WIDTH + word[None, :]
+    w = _block(tile, row, word, N, WIDTH, ROWS, WORDS)
+    if GATED:
+        u = _block(tile + N * WIDTH, row, word, N, WIDTH, ROWS, WORDS)
+        up_groups = groups + N * (K // GROUP)
+    if PDL:
+        if WIDTH > WORDS:
+            first = tl.program_id(0) * ROWS
+            _prefetch(weight, first, WORDS, N, WIDTH, ROWS, WORDS)
+            if GATED:
+                _prefetch(weight + N * WIDTH, first, WORDS, N, WIDTH, ROWS, WORDS)
+        tl.extra.cuda.gdc_wait()
+
+    sums = _word_products(x, w, groups, smooth, row, word, N, K, INPUT, CODES, GROUP, ROWS, WORDS)
+    if GATED:
+        up_sums = _word_products(x, u, up_groups, smooth, row, word, N, K, INPUT, CODES, GROUP, ROWS, WORDS)
+    for start in range(WORDS, WIDTH, WORDS):
+        at = start + word
+        w = _block(tile + start, row, at, N, WIDTH, ROWS, WORDS)
+        if GATED:
+            u = _block(tile + N * WIDTH + start, row, at, N, WIDTH, ROWS, WORDS)
+        sums += _word_products(x, w, groups, smooth, row, at, N, K, INPUT, CODES, GROUP, ROWS, WORDS)
+        if GATED:
+            up_sums += _word_products(x, u, up_groups, smooth, row, at, N, K, INPUT, CODES, GROUP, ROWS, WORDS)
+
+    inside = row < N
+    FACTOR: tl.constexpr = 16.0 if CODES == "int4" else 9223372036854775808.0
+    y = _finished(tl.sum(sums, 1) * FACTOR, row, 0, inside, scale, None, None, bias, INPUT, SCALE)
+    if GATED:
+        up = _finished(tl.sum(up_sums, 1) * FACTOR, N + row, 0, inside, scale, None, None, bias, INPUT, SCALE)
+        y = _gate(y, up, KIND, LIMIT, OFFSET)
+    tl.store(out + row, y, mask=inside)
+
+
+@triton.jit
+def _value(weight, groups, NIBBLE: tl.constexpr, inside, CODES: tl.constexpr, GROUP: tl.constexpr):
+    """What a nibble of words stands for, in fp32, but for the scale of the tensor; groups: pointers to its scales."""
+    if GROUP == 16 and NIBBLE >= 4:
+        groups += 1
+    scale = _group_scale(groups, inside)
+    if CODES == "int4":
+        return (((weight >> (4 * NIBBLE)) & 15).to(tl.float32) - 8) * scale
+    else:
+        return _e2m1(weight, NIBBLE) * 2.0**126 * scale
+
+
+@triton.jit
+def skinny4(
+    x, weight, groups, scale, bias, out, partials, counters, M,
+    N: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`skinny` for words [N, K / 8], WORDS at a time: a product for each nibble, of values rounded to x's dtype."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    WIDTH: tl.constexpr = K // 8
+    tile = weight + tl.program_id(0).to(tl.int64) * BLOCK_N * WIDTH + tl.arange(0, BLOCK_N)[:, None] * WIDTH
+    SHARE: tl.constexpr = (WIDTH + WORDS * SPLITS - 1) // (WORDS * SPLITS) * WORDS
+    begin = tl.program_id(1) * SHARE
+    if PDL:
+        first = tl.program_id(0) * BLOCK_N
+        _prefetch(weight, first, begin, N, WIDTH, BLOCK_N, 4 * WORDS)
+        if GATED:
+            _prefetch(weight + N * WIDTH, first, begin, N, WIDTH, BLOCK_N, 4 * WORDS)
+        tl.extra.cuda.gdc_wait()
+
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(begin, tl.minimum(begin + SHARE, WIDTH), WORDS):
+        word = start + tl.arange(0, WORDS)
+        inside = (row < N)[:, None] & (word < WIDTH)[None, :]
+        w = _block(tile + word[None, :], row, word, N, WIDTH, BLOCK_N, WORDS)
+        group = groups + row[:, None] * (K // GROUP) + (word // 4 * 32 // GROUP)[None, :]
+        if GATED:
+            u = _block(tile + N * WIDTH + word[None, :], row, word, N, WIDTH, BLOCK_N, WORDS)
+        for nibble in tl.static_range(8):
+            k = _columns(word, nibble)
+            v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (word < WIDTH)[None, :], other=0.0)
+            v = tl.trans(v)
+            sums = tl.dot(_value(w, group, nibble, inside, CODES, GROUP).to(DTYPE), v, sums)
+            if GATED:
+                up = _value(u, group + N * (K // GROUP), nibble, inside, CODES, GROUP)
+                up_sums = tl.dot(up.to(DTYPE), v, up_sums)
+    _reduced(
+        sums, up_sums, row, scale, None, None, bias, out, partials, counters, M,
+        N, "plain", SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
     )  # fmt: skip
 
 
@@ -331,7 +511,7 @@ def multiplied(
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64) * K
     v = tl.load(x + row + k, mask=k < K, other=0.0).to(tl.float32)
-    v = _multiplied(v, smooth, inverse, k, K, x.dtype.element_ty, INPUT, K % BLOCK == 0)
+    v = _multiplied(v, smooth, inverse, k, K, INPUT, K % BLOCK == 0)
     tl.store(out + row + k, v, mask=k < K)
 
 
@@ -365,3 +545,25 @@ def dequantize(
     if PDL:
         tl.extra.cuda.gdc_wait()
     tl.store(out + row + k, w, mask=k < K)
+
+
+@triton.jit
+def dequantize4(
+    weight, groups, scale, out,
+    K: tl.constexpr, SCALE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
+    WORDS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The weight [N, K] that words stand for. Grid: N, blocks of words."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    inside = word < K // 8
+    w = tl.load(weight + row * (K // 8) + word, mask=inside, other=0)
+    group = groups + row * (K // GROUP) + word // 4 * 32 // GROUP
+    for nibble in tl.static_range(8):
+        value = _value(w, group, nibble, inside, CODES, GROUP)
+        if SCALE == "tensor":
+            value *= tl.load(scale)
+        tl.store(out + row * K + _columns(word, nibble), value, mask=inside)

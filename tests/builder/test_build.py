@@ -106,17 +106,18 @@ def test_engine_says_what_it_is(checkpoint, tmp_path):
 
 
 def test_named_gpu(checkpoint, tmp_path):
-    config = build(checkpoint.path, tmp_path / "engine", BuildSettings(gpu="a100-80-sxm"))
+    config = build(checkpoint.path, tmp_path / "engine", BuildSettings("torch", gpu="a100-80-sxm"))
     assert (config.fingerprint.device, config.fingerprint.gpu, config.fingerprint.sm) == ("cuda", "a100-80-sxm", "8.0")
     assert config.compute_dtype == "bf16"
 
 
 def test_fp8_on_a_gpu_without_fp8_units_is_said(write_checkpoint):
     source = write_checkpoint(spec_of(TINY), "fp8")
-    (text,) = prepare(source.path, BuildSettings(gpu="a100-80-sxm")).notes
+    (text,) = prepare(source.path, BuildSettings("torch", gpu="a100-80-sxm")).notes
     assert "a100-80-sxm has no fp8 units" in text
-    (text,) = prepare(source.path, BuildSettings(gpu="h100-sxm")).notes
+    (text,) = prepare(source.path, BuildSettings("torch", gpu="h100-sxm")).notes
     assert "units" not in text and "dequantizes" in text
+    assert not prepare(source.path, BuildSettings(gpu="h100-sxm")).notes, "the default backend multiplies in fp8"
 
 
 def test_16_bit_dtype_on_a_cpu_without_instructions_for_it(checkpoint, monkeypatch):

@@ -9,13 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreter import mend
 from trtx.runtime.cuda.launch import Launch, RecordLaunch, kernel_function
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-if not torch.cuda.is_available():
-    mend()
 
 
 @pytest.fixture(autouse=True)

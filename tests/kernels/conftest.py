@@ -1,16 +1,15 @@
-"""Kernels are interpreted on a CPU, and compiled on a GPU. Triton looks at the environment when it is imported."""
+"""Kernels are interpreted on a CPU (see tests/conftest.py), and compiled on a GPU."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
+from tests.kernels.interpreter import mend
 from trtx.runtime.cuda.launch import JitLaunch, Launch
+
+if not torch.cuda.is_available():
+    mend()
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,16 @@ run time (NumPy 2.4 no longer makes an integer of an array with one number).
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 
+@cache
 def mend() -> None:
-    """Let the interpreter loop, convert floats and multiply matrices as torch does."""
+    """Let the interpreter loop, convert floats and multiply matrices as torch does. Once is enough."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -21,7 +21,9 @@ TOKENS = [1, 3, 17, 70]
 """One for each way to multiply, and two for tiles of `skinny`."""
 
 
-def stored(form: Format, rows: int, k: int, dtype: torch.dtype, device: torch.device, bias: bool = True) -> LinearWeight:
+def stored(
+    form: Format, rows: int, k: int, dtype: torch.dtype, device: torch.device, bias: bool = True
+) -> LinearWeight:
     """A random weight in a format, its inputs' scales fit for normal numbers."""
     tensors = form.pack(torch.randn(rows, k), form.group_size(k))
     if form.name == "none":
@@ -51,7 +53,7 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     """But for rounding of operands and result."""
     assert found.dtype == dtype and found.shape == wanted.shape
     error = (found.double() - wanted).norm() / wanted.norm()
-    assert error < {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype], error
+    assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype], error
 
 
 @pytest.mark.parametrize("m", TOKENS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trtx.builder.engine import Limits
 from trtx.runtime.batch import PENDING, SequenceSlice
@@ -32,14 +33,23 @@ class FakeRunner(Runner):
     ) -> None:
         self.overlaps = overlaps
         self.last: list[Sampled] = []
-        self.tickets: list[list[Sampled]] = []
+        self.tickets: list[list[list[Sampled]]] = []
         self.layout = KVLayout(kv_groups(windows, chunked), limits.kv_block_size, 1, 8, 2)
         self.limits = limits
         self.cache = [{} for _ in self.layout.groups]
         self.poison: set[tuple[int, ...]] = set()
 
-    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> list[list[Sampled]]:
         assert len(self.tickets) < 2, "a step is launched before the one before the last is read"
+        ticket = []
+        for step in range(steps):
+            assert not step or all(len(piece.tokens) == 1 for piece in batch) and len(batch) == len(rows)
+            ticket.append(self._step(batch, rows))
+            batch = [replace(p, tokens=[PENDING], start=p.end, source=row) for row, p in enumerate(batch)]
+        self.tickets.append(ticket)
+        return ticket
+
+    def _step(self, batch: Sequence[SequenceSlice], rows: Sequence[Row]) -> list[Sampled]:
         assert sum(len(piece.tokens) for piece in batch) <= self.limits.max_num_tokens
         assert len(batch) <= self.limits.max_batch_size
         written: set[tuple[int, int]] = set()
@@ -53,10 +63,9 @@ class FakeRunner(Runner):
         wanted = [piece for piece in batch if piece.logits]
         assert len(wanted) == len(rows)
         self.last = [Sampled(self._next(piece, row)) for piece, row in zip(wanted, rows, strict=True)]
-        self.tickets.append(self.last)
         return self.last
 
-    def collect(self, ticket: list[Sampled]) -> list[Sampled]:
+    def collect(self, ticket: list[list[Sampled]]) -> list[list[Sampled]]:
         assert self.tickets.pop(0) is ticket, "steps are read in the order of their launches"
         return ticket
 

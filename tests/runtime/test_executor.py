@@ -37,14 +37,15 @@ def tokens(events: list[TokenEvent]) -> list[int]:
     ids=["full", "mixed", "windowed", "chunked"],
 )
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no-reuse"])
-@pytest.mark.parametrize("overlaps", [False, True], ids=["plain", "overlapped"])
+@pytest.mark.parametrize("burst", [0, 1, 5], ids=["plain", "overlapped", "bursts"])
 @pytest.mark.parametrize("seed", range(4))
-def test_mixed_requests_get_what_they_would_get_alone(windows, chunked, reuse, overlaps, seed):
+def test_mixed_requests_get_what_they_would_get_alone(windows, chunked, reuse, burst, seed):
     """Random arrivals, shared prefixes, cancellations, n > 1, a pool that runs dry: same tokens, no block left."""
     rng = random.Random(seed)
     blocks = 16 if windows == (20, 20) else 41
     tokens_a_step = rng.choice([8, 16, 64])
-    executor = make_executor(windows, reuse, chunked, overlaps, kv_blocks=blocks, max_num_tokens=tokens_a_step)
+    executor = make_executor(windows, reuse, chunked, burst > 0, kv_blocks=blocks, max_num_tokens=tokens_a_step)
+    executor.burst = burst
     groups = [group.window for group in executor.runner.layout.groups]
     common = [rng.randrange(VOCAB) for _ in range(40)]
     wanted, events, cancelled = {}, defaultdict(list), set()

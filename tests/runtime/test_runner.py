@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_engine_of_a_gpu_where_there_is_none(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    engine = engine_of(checkpoint, tmp_path / "engine", gpu="h100-sxm")
+    engine = engine_of(checkpoint, tmp_path / "engine", gpu="h100-sxm", backend="torch")
     with pytest.raises(MismatchError, match=r"built for h100-sxm.*no CUDA GPU") as caught:
         LLM(engine)
     assert "--gpu cpu" in caught.value.remedy
@@ -47,7 +47,7 @@ def test_what_is_no_device(checkpoint, tmp_path, device):
 
 
 def test_gpu_with_too_large_a_number(checkpoint, tmp_path, monkeypatch):
-    engine = engine_of(checkpoint, tmp_path / "engine", gpu="h100-sxm")
+    engine = engine_of(checkpoint, tmp_path / "engine", gpu="h100-sxm", backend="torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="no cuda:7 here"):
@@ -57,7 +57,7 @@ def test_gpu_with_too_large_a_number(checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "count"), [("NVIDIA H100 80GB HBM3", 0), ("NVIDIA L4", 1), ("NVIDIA Unheard-of", 1)])
 def test_another_gpu_is_said_and_not_refused(checkpoint, tmp_path, monkeypatch, name, count):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    engine = Engine(engine_of(checkpoint, tmp_path / "engine", gpu="h100-sxm"))
+    engine = Engine(engine_of(checkpoint, tmp_path / "engine", gpu="h100-sxm", backend="torch"))
     notes = runner.differences(engine, torch.device("cuda"))
     assert len(notes) == count
     assert all("built for h100-sxm" in note and name in note and "--gpu auto" in note for note in notes)
