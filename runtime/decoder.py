@@ -40,10 +40,14 @@ class Decoder:
 
     def forward(self, step: Step) -> Value:
         """Logits [R, V] of the step's rows that want them."""
+        return self.head(*self.body(step), step)
+
+    def body(self, step: Step) -> tuple[Value, Value | None]:
+        """All layers: the residual stream as a pair."""
         x, delta = self.embed(step), None
         for index in range(self.spec.num_layers):
             x, delta = self.layer(index, x, delta, step)
-        return self.head(x, delta, step)
+        return x, delta
 
     def embed(self, step: Step) -> Value:
         """Token ids → [T, H]."""

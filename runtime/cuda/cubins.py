@@ -117,6 +117,8 @@ class CubinLaunch(Launch):
         pdl: bool = False,
         registers: int = 0,
     ) -> None:
+        if 0 in grid:
+            return
         types = tuple(map(type_of, args))
         key = kernel, types, tuple(constants.items()), warps, stages, pdl, registers
         found = self._known.get(key)

@@ -35,8 +35,6 @@ SKINNY_WORDS = 256
 _SHARED_BYTES = 160 << 10
 """Shared memory that the stages of a pipeline may take."""
 
-AHEAD = True
-
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
 
@@ -68,7 +66,7 @@ _WAYS = {
     "nvfp4_wo": _Way(scale="tensor", codes="e2m1"),
     "nvfp4": _Way(scale="tensor", codes="e2m1"),
 }
-"""Other formats are dequantized when they are brought into kernel layout; w4a8_awq becomes e4m3, which it multiplies."""
+"""Other formats are dequantized when they are laid out for the kernels; w4a8_awq becomes e4m3, which it multiplies."""
 
 _ROUNDED_BY_TORCH = ("nvfp4", "mxfp8")
 """Formats whose rounding of the input has no kernel."""
@@ -330,8 +328,9 @@ def gemv4_shape(n: int, k: int, parts: int) -> tuple[int, int, int]:
 
 def skinny4_shape(m: int, n: int, k: int) -> Skinny:
     """How `skinny4` is launched: `block` counts words."""
-    words, rows = 32, 64
-    return Skinny(rows, max(16, _power_of_two(m)), words, _splits(-(-n // rows), -(-k // (8 * words)), 1), stages=3)
+    rows, words, tokens = 64, 32, max(16, _power_of_two(m))
+    splits = _splits(-(-n // rows), -(-k // (8 * words)), 1)
+    return Skinny(rows, tokens, words, splits, stages=3 if tokens <= 16 else 2)
 
 
 Operands = tuple[Tensor | None, ...]
@@ -342,7 +341,7 @@ def _gemv(launch: Launch, operands: Operands, constants: dict[str, Constant], it
     assert isinstance(n, int) and isinstance(k, int)
     rows, block, warps = gemv_shape(n, k, itemsize, parts)
     launch(
-        "linear.gemv", (-(-n // rows),), operands, {**constants, "ROWS": rows, "BLOCK_K": block, "AHEAD": AHEAD}, warps, stages=1,
+        "linear.gemv", (-(-n // rows),), operands, {**constants, "ROWS": rows, "BLOCK_K": block}, warps, stages=1,
         pdl=True,
     )  # fmt: skip
 
@@ -357,7 +356,7 @@ def gemv_shape(n: int, k: int, itemsize: int, parts: int) -> tuple[int, int, int
     most = 1024 if parts > 1 and itemsize == 1 else 4096 if parts == 1 and itemsize > 1 and k > 8192 else 2048
     if block > most:
         block = next((b for b in (most, 1024) if -(-k // b) * b <= 1.15 * k), 512)
-    rows = 1 if parts > 1 or block > 2048 else 4
+    rows = 1 if block > 2048 else 4 // parts if itemsize > 1 or parts == 1 else 1
     while rows > 1 and n < rows * _PROGRAMS:
         rows //= 2
     return rows, block, _warps(block, 8 if block <= 2048 else 32)
@@ -428,15 +427,12 @@ def _product(launch: Launch, x: Tensor, w: CudaLinear) -> Tensor:
         given = x if w.smooth is None else quantize(launch, x, w)[0]
         return F.linear(given, _dequantized(launch, w, dtype), bias)
     codes, by_token = quantize(launch, x, w)
+    step = w.input_scale if by_token is None else by_token[:, None]
+    assert step is not None and w.scale is not None
     if weight.dtype == E4M3 and _multiplies_codes(x, w):
-        assert w.scale is not None
-        if by_token is None:
-            scales = w.input_scale, w.scale
-        else:
-            scales = by_token[:, None], w.scale[None]
-        return torch._scaled_mm(codes, weight.t(), *scales, bias=bias, out_dtype=dtype)
-    scale = w.input_scale if by_token is None else by_token[:, None]
-    return F.linear((codes.float() * scale).to(dtype), _dequantized(launch, w, dtype), bias)
+        scale = w.scale if by_token is None else w.scale[None]
+        return torch._scaled_mm(codes, weight.t(), step, scale, bias=bias, out_dtype=dtype)
+    return F.linear((codes.float() * step).to(dtype), _dequantized(launch, w, dtype), bias)
 
 
 def _multiplies_codes(x: Tensor, w: CudaLinear) -> bool:

@@ -84,6 +84,7 @@ class Steps:
         pinned = device.type == "cuda"
         self._host = [torch.zeros(2, batch, dtype=torch.int32, pin_memory=pinned) for _ in range(2 * MOST_STEPS)]
         self._turn = 0
+        self._no_logits = torch.zeros(0, decoder.spec.vocab_size, dtype=ops.dtype, device=device)
         self._graphs: dict[Shape, _Captured] = {}
         self.shapes = [("decodes", Shape.of_decodes(count)) for count in batch_sizes(batch)]
         for count in (count for count in CHUNKS if count <= tokens):
@@ -142,9 +143,11 @@ class Steps:
         """Launch the kernels of a step whose numbers have been sent."""
         launch, step = self._ops.launch, self._makers[kind].step(shape, self._ids)
         resolve(launch, self._inputs[kind], shape.tokens, self._chosen[0], self._ids)
+        if shape.rows == 0:
+            self._decoder.body(step)
+            return self._no_logits
         logits = self._decoder.forward(step)
-        if len(logits):
-            sampling.greedy(launch, logits, out=self._chosen)
+        sampling.greedy(launch, logits, out=self._chosen)
         return logits
 
     def _shape(self, batch: Sequence[SequenceSlice]) -> tuple[str, Shape]:

@@ -66,7 +66,7 @@ def _multiplied(
     v, smooth, inverse, k,
     K: tl.constexpr, INPUT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Elements v of x, in fp32, as the weight is multiplied with them; k: their columns, all of them below K if WHOLE."""
+    """Elements v of x, in fp32, as the weight is multiplied with them; k: their columns, all below K if WHOLE."""
     if smooth is not None:
         v *= _vector(smooth, k, K, WHOLE)
     if INPUT == "e4m3" or INPUT == "int8":
@@ -121,29 +121,16 @@ def _finished(
 
 
 @triton.jit
-def _prefetch(weight, first, begin, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr):
-    """Fetch COUNT elements from `begin` on of the rows from `first` on into the L2 cache, in lines of 128 bytes.
-
-    What a program does while it waits for the kernel before. Hundreds wait at a time, so COUNT is no more than the cache
-    has room for.
-    """
-    LINE: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
-    rows = tl.minimum(first + tl.arange(0, ROWS), N - 1).to(tl.int64)
-    k = tl.maximum(tl.minimum(begin + tl.arange(0, COUNT // LINE) * LINE, K - LINE), 0)
-    lines = weight + rows[:, None] * K + k[None, :]
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
-
-
-@triton.jit
 def gemv(
     x, weight, scale, scales, smooth, x_scale, bias, out,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N] = x [K] times weight [N, K] (gated: [2N, K]) of a float dtype, e4m3 or int8; ROWS outputs a program.
 
-    The weight's first block is on its way to registers while the kernel before still runs, the next one to the L2 cache.
+    The weight's first block is on its way while the kernel before still runs. (More of it, fetched into the L2 cache
+    meanwhile, made an H100 slower.)
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -155,11 +142,6 @@ def gemv(
         u = _block(tile + N * K, row, k, N, K, ROWS, BLOCK_K)
     inverse = _inverse(scales, INPUT)
     if PDL:
-        if AHEAD and K > BLOCK_K:
-            first = tl.program_id(0) * ROWS
-            _prefetch(weight, first, BLOCK_K, N, K, ROWS, BLOCK_K)
-            if GATED:
-                _prefetch(weight + N * K, first, BLOCK_K, N, K, ROWS, BLOCK_K)
         tl.extra.cuda.gdc_wait()
 
     WHOLE: tl.constexpr = K % BLOCK_K == 0
@@ -213,10 +195,6 @@ def skinny(
     SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     begin = tl.program_id(1) * SHARE
     if PDL:
-        first = tl.program_id(0) * BLOCK_N
-        _prefetch(weight, first, begin, N, K, BLOCK_N, 4 * BLOCK_K)
-        if GATED:
-            _prefetch(weight + N * K, first, begin, N, K, BLOCK_N, 4 * BLOCK_K)
         tl.extra.cuda.gdc_wait()
 
     WHOLE: tl.constexpr = K % BLOCK_K == 0
@@ -283,8 +261,8 @@ def _word_products(
     scale = _group_scale(group, inside)
     if CODES == "int4":
         # Under the exponent of 1 a nibble u is 1 + u / 16 in the mantissa's upper bits, 1 + u / 256 in the next four:
-        # u - 8 is 16 (that - 1.5), or 256 (that - 1.03125). What is subtracted is summed once for all rows. The grid has
-        # one axis: program_id(2) is 0 and hides a constant, of which an instruction takes only one beside registers.
+        # u - 8 is 16 (that - 1.5), or 256 (that - 1.03125). What is subtracted is summed once for all rows. An
+        # instruction takes one constant: program_id(2), which is 0, makes the other one a register.
         one = 0x3F800000 + tl.program_id(2)
         low = tl.zeros([ROWS, WORDS], tl.float32)
         high = tl.zeros([ROWS, WORDS], tl.float32)
@@ -336,11 +314,6 @@ def gemv4(
         u = _block(tile + N * WIDTH, row, word, N, WIDTH, ROWS, WORDS)
         up_groups = groups + N * (K // GROUP)
     if PDL:
-        if WIDTH > WORDS:
-            first = tl.program_id(0) * ROWS
-            _prefetch(weight, first, WORDS, N, WIDTH, ROWS, WORDS)
-            if GATED:
-                _prefetch(weight + N * WIDTH, first, WORDS, N, WIDTH, ROWS, WORDS)
         tl.extra.cuda.gdc_wait()
 
     sums = _word_products(x, w, groups, smooth, row, word, N, K, INPUT, CODES, GROUP, ROWS, WORDS)
@@ -393,10 +366,6 @@ def skinny4(
     SHARE: tl.constexpr = (WIDTH + WORDS * SPLITS - 1) // (WORDS * SPLITS) * WORDS
     begin = tl.program_id(1) * SHARE
     if PDL:
-        first = tl.program_id(0) * BLOCK_N
-        _prefetch(weight, first, begin, N, WIDTH, BLOCK_N, 4 * WORDS)
-        if GATED:
-            _prefetch(weight + N * WIDTH, first, begin, N, WIDTH, BLOCK_N, 4 * WORDS)
         tl.extra.cuda.gdc_wait()
 
     DTYPE: tl.constexpr = x.dtype.element_ty

@@ -81,7 +81,6 @@ def index_of(engine: Path) -> list[Cubin]:
 def assert_is_machine_code(code: bytes, sm: str, symbol: str) -> None:
     """An ELF file of NVIDIA's, for one compute capability, with an entry point."""
     assert code[:4] == b"\x7fELF" and int.from_bytes(code[18:20], "little") == ELF_MACHINE_CUDA
-    assert f".target sm_{sm.replace('.', '')}".encode() not in code, "this is assembly"
     flags = int.from_bytes(code[48:52], "little")
     assert int(sm.replace(".", "")) in (flags & 0xFF, flags >> 8 & 0xFF)
     assert symbol.encode() + b"\0" in code
@@ -190,12 +189,13 @@ def test_interrupted_compilation_leaves_nothing(random_source, tmp_path, monkeyp
 def resolve_variant(**constants) -> Variant:
     """The smallest kernel."""
     values = {"BLOCK": 128, "PDL": False, **constants}
-    return Variant("step.resolve", ("*i32", "*i32", "*i32", "*i32", "i32"), tuple(sorted(values.items())), 4, 2, False)
+    types = ("*i32", "*i32", "*i32", "*i32", "i32")
+    return Variant("step.resolve", types, tuple(sorted(values.items())), warps=4, stages=2, pdl=False)
 
 
 def test_kernel_that_does_not_compile_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match=r"step\.resolve.*can't be compiled for compute capability 9\.0: .*100"):
-        compile_kernels([resolve_variant(BLOCK=100)], "9.0", tmp_path)  # `arange` wants a power of two
+    with pytest.raises(RuntimeError, match=r"(?s)step\.resolve.*can't be compiled for compute capability 9\.0: .*power of 2"):
+        compile_kernels([resolve_variant(BLOCK=100)], "9.0", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

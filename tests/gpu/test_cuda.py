@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import torch
 from tests.converters.tiny import FIRST, checkpoint_of
 from tests.runtime.models import GREEDY, assert_greedy, engine_of, random_model
 from tests.runtime.test_smollm2 import PROMPTS
+from trtx.builder.build import BuildSettings, build
 from trtx.converters.convert import convert
 from trtx.runtime.llm import LLM
 from trtx.runtime.request import FinishReason, Request
@@ -23,28 +25,30 @@ from trtx.runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu
 
-SHIPPED = Path(os.environ.get("TRTX_SHIPPED_ENGINE", "/tmp/ship/engine"))
-"""An engine that was built on a machine without a GPU; see tests/gpu/ship_engine.sh."""
+SHIPPED = Path(os.environ.get("TRTX_SHIPPED", ".cache/shipped"))
+"""An engine that tests/gpu/ship.sh built on a machine without a GPU, and the config.json that it was built from."""
 
 ALONE = """
-import sys
+import json, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "triton":
             raise ImportError("an engine is run without Triton")
 sys.meta_path.insert(0, Refuse())
-from trtx.cli.app import main
-main()
+from trtx import LLM, SamplingParams
+llm = LLM(sys.argv[1])
+params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+print(json.dumps([completion.token_ids for completion in llm.generate(json.loads(sys.argv[2]), params)]))
 """
 
 
-def run_alone(*arguments: object) -> str:
-    """Run a command where Triton can't be imported and no compiler is found; returns its standard output."""
+def run_alone(engine: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What an engine generates where Triton can't be imported and no compiler is found."""
     environment = {**os.environ, "PATH": "/nonexistent", "CC": "/nonexistent/cc", "CUDA_HOME": "/nonexistent"}
-    command = [sys.executable, "-c", ALONE, *map(str, arguments)]
+    command = [sys.executable, "-c", ALONE, str(engine), json.dumps(prompts)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +72,39 @@ def test_tokens_of_tiny_models_are_transformers(family: str, tmp_path: Path) -> 
 
 
 def test_engine_runs_without_triton_or_a_compiler(smollm2, smollm2_reference, tmp_path):
-    """Built here, and one that came from a machine without a GPU."""
-    built = engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="fp32")
+    engine = engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="fp32")
+    prompts = [Tokenizer.load(smollm2).encode(prompt) for prompt in PROMPTS[:4]]
+    for prompt, tokens in zip(prompts, run_alone(engine, prompts), strict=True):
+        assert_greedy(smollm2_reference, prompt, tokens)
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="no engine was shipped (tests/gpu/ship.sh)")
+def test_engine_of_a_machine_without_a_gpu(tmp_path):
+    """Its kernels give the tokens of an engine built here, of the same random weights."""
+    settings = json.loads((SHIPPED / "engine" / "manifest.json").read_text())["settings"]
+    assert settings["gpu"] == "h100-sxm"
+    assert "cuda" not in json.loads((SHIPPED / "engine" / "engine.json").read_text())["fingerprint"]["versions"]
+    build(f"random:{SHIPPED / 'config.json'}", tmp_path / "engine", BuildSettings(**{**settings, "gpu": "auto"}))
+    prompts = [[1, 2, 3, 4, 5], list(range(100, 140))]
+    assert run_alone(SHIPPED / "engine", prompts) == run_alone(tmp_path / "engine", prompts)
+
+
+def test_smollm2_gives_the_cpu_s_tokens(smollm2, smollm2_reference, tmp_path, record_property):
+    """fp32: 64 greedy tokens on 20 prompts; memory as the ledger said."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    engine = engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="fp32", max_seq_len=256)
+    llm = LLM(engine)
     tokenizer = Tokenizer.load(smollm2)
-    options = ["--temperature", 0, "--max-tokens", 32, "--ignore-eos", "--json"]
-    for engine in [built, *([SHIPPED] if SHIPPED.exists() else [])]:
-        for prompt in PROMPTS[:3]:
-            answer = json.loads(run_alone("run", engine, prompt, *options))
-            if engine is built:
-                assert_greedy(smollm2_reference, tokenizer.encode(prompt), answer["token_ids"])
-            assert len(answer["token_ids"]) == 32
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
+        assert_greedy(smollm2_reference, prompt, completion.token_ids)
+    ledger = llm.config.ledger
+    purposes = ("weights", "kv_cache", "activations", "rope_tables", "workspace")
+    record_property(
+        "memory_used_of_the_ledger", (before - torch.cuda.mem_get_info()[0]) / sum(map(ledger.get, purposes))
+    )
 
 
 def test_mixed_requests_with_cancellations_leave_nothing_behind(smollm2, tmp_path):
@@ -122,7 +149,9 @@ def test_bf16_is_as_near_to_fp32_as_transformers_bf16(smollm2, smollm2_reference
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)
         with torch.inference_mode():
-            whole = reference.generate(torch.tensor([ids], device="cuda"), do_sample=False, max_new_tokens=48)[0].tolist()
+            whole = reference.generate(torch.tensor([ids], device="cuda"), do_sample=False, max_new_tokens=48)[
+                0
+            ].tolist()
             right = reference(torch.tensor([whole], device="cuda")).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
             other = half(torch.tensor([whole], device="cuda")).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
         prefixes = [whole[:end] for end in range(len(ids), len(whole))]
@@ -134,10 +163,3 @@ def test_bf16_is_as_near_to_fp32_as_transformers_bf16(smollm2, smollm2_reference
     record_property("agreement_percent", round(100 * mine / total, 2))
     record_property("transformers_agreement_percent", round(100 * theirs / total, 2))
     assert mine >= theirs - 0.005 * total
-
-
-def test_shipped_engine_is_of_a_machine_without_a_gpu():
-    if not SHIPPED.exists():
-        pytest.skip("no engine was shipped")
-    versions = json.loads((SHIPPED / "engine.json").read_text())["fingerprint"]["versions"]
-    assert "cuda" not in versions, "torch there has no CUDA"

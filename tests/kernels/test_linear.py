@@ -18,12 +18,10 @@ from trtx.runtime.ops.base import Mlp
 from trtx.runtime.ops.torch_ops import TorchOps
 
 TOKENS = [1, 3, 17, 70]
-"""One for each way to multiply, and two for tiles of `skinny`."""
+"""One for each way to multiply, and two for tiles of `skinny`; 4-bit weights go to cuBLAS later."""
 
 
-def stored(
-    form: Format, rows: int, k: int, dtype: torch.dtype, device: torch.device, bias: bool = True
-) -> LinearWeight:
+def stored(form: Format, rows: int, k: int, dtype: torch.dtype, device: torch.device) -> LinearWeight:
     """A random weight in a format, its inputs' scales fit for normal numbers."""
     tensors = form.pack(torch.randn(rows, k), form.group_size(k))
     if form.name == "none":
@@ -32,8 +30,7 @@ def stored(
         tensors["input_scale"] = torch.tensor(5 / 127 if form.name == "int8_sq" else 0.011)
     if "pre_quant_scale" in form.input_tensors:
         tensors["pre_quant_scale"] = torch.rand(k) + 0.5
-    if bias:
-        tensors["bias"] = torch.randn(rows).to(dtype)
+    tensors["bias"] = torch.randn(rows).to(dtype)
     tensors = {suffix: tensor.to(device) for suffix, tensor in tensors.items()}
     return LinearWeight("w", form, tensors, (("gate", rows // 2), ("up", rows // 2)))
 
@@ -58,21 +55,22 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("m", TOKENS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(72, 96), (64, 256)])
+@pytest.mark.parametrize(("n", "k"), [(66, 96), (64, 256)])
 def test_unquantized(launch: Launch, device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     weight = stored(FORMATS["none"], n, k, dtype, device)
     x = torch.randn(m, k).to(device, dtype)
     assert_close(linear.linear(launch, x, resident(weight, dtype)), exact(x, weight), dtype)
 
 
-@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("m", [*TOKENS, 260])
 @pytest.mark.parametrize("form", [f for f in FORMATS.values() if f.name != "none"], ids=lambda f: f.name)
 def test_formats(launch: Launch, device: torch.device, form: Format, m: int) -> None:
-    weight = stored(form, 80, 192, torch.bfloat16, device)
+    n = 18 if m in (1, 260) else 80
+    weight = stored(form, n, 192, torch.bfloat16, device)
     x = torch.randn(m, 192).to(device, torch.bfloat16)
     wanted = exact(x, weight)
     assert_close(linear.linear(launch, x, resident(weight, x.dtype)), wanted, x.dtype)
-    out = x.new_empty(m, 80)
+    out = x.new_empty(m, n)
     assert linear.linear(launch, x, resident(weight, x.dtype), out) is out
     assert_close(out, wanted, x.dtype)
 
@@ -80,7 +78,7 @@ def test_formats(launch: Launch, device: torch.device, form: Format, m: int) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["fp8", "fp8_pc_pt", "int8_wo", "int8_sq", "int4_awq", "nvfp4_wo", "mxfp4"])
 def test_formats_in_other_dtypes(launch: Launch, device: torch.device, form: str, dtype: torch.dtype) -> None:
-    weight = stored(FORMATS[form], 36, 320, dtype, device)
+    weight = stored(FORMATS[form], 10, 320, dtype, device)
     for m in (1, 5):
         x = torch.randn(m, 320).to(device, dtype)
         assert_close(linear.linear(launch, x, resident(weight, dtype)), exact(x, weight), dtype)
@@ -94,7 +92,7 @@ def test_formats_in_other_dtypes(launch: Launch, device: torch.device, form: str
     ids=lambda a: a.kind,
 )
 def test_gated(launch: Launch, device: torch.device, form: str, activation: Activation, m: int) -> None:
-    weight = stored(FORMATS[form], 72, 96, torch.bfloat16, device)
+    weight = stored(FORMATS[form], 20 if m == 1 else 136, 96, torch.bfloat16, device)
     x = torch.randn(m, 96).to(device, torch.bfloat16)
     found = linear.gated(launch, x, resident(weight, x.dtype), activation)
     assert_close(found, gate(exact(x, weight), activation), x.dtype)
@@ -157,8 +155,9 @@ def test_build_without_data(form: str) -> None:
     layout = {name: tensor.to("meta") for name, tensor in linear.kernel_layout(weight, torch.bfloat16).items()}
     w = linear.resident("w", FORMATS[form], layout, weight.rows, torch.bfloat16)
     launch = RecordLaunch(dependent=True)
-    for m in TOKENS:
+    for m in (*TOKENS, 260):
         x = torch.empty(m, 128, dtype=torch.bfloat16, device="meta")
         assert linear.linear(launch, x, w).shape == (m, 64)
         assert linear.gated(launch, x, w, Activation()).shape == (m, 32)
-    assert {"linear.gated_activation"} < {variant.kernel for variant in launch.variants}
+    one, few = ("gemv4", "skinny4") if w.words else ("gemv", "skinny")
+    assert {f"linear.{one}", f"linear.{few}", "linear.gated_activation"} <= {v.kernel for v in launch.variants}

@@ -43,7 +43,7 @@ class FakeRunner(Runner):
         assert len(self.tickets) < 2, "a step is launched before the one before the last is read"
         ticket = []
         for step in range(steps):
-            assert not step or all(len(piece.tokens) == 1 for piece in batch) and len(batch) == len(rows)
+            assert not step or (all(len(piece.tokens) == 1 for piece in batch) and len(batch) == len(rows))
             ticket.append(self._step(batch, rows))
             batch = [replace(p, tokens=[PENDING], start=p.end, source=row) for row, p in enumerate(batch)]
         self.tickets.append(ticket)

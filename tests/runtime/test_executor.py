@@ -9,6 +9,7 @@ import pytest
 
 from tests.runtime.fakes import VOCAB, FakeRunner, make_executor, reference
 from trtx.converters.errors import RequestError
+from trtx.runtime.batch import PENDING
 from trtx.runtime.executor import Executor
 from trtx.runtime.request import FinishReason, Request, TokenEvent
 from trtx.runtime.sampling import SamplingParams
@@ -157,8 +158,9 @@ def test_end_tokens_outside_the_vocabulary_are_left_out():
     assert executor.eos_ids == {3}, "the sampler indexes logits with them"
 
 
-def test_end_of_an_earlier_request_is_not_taken_for_that_of_a_new_one_of_its_id():
-    executor = make_executor()
+@pytest.mark.parametrize("overlaps", [False, True], ids=["plain", "overlapped"])
+def test_end_of_an_earlier_request_is_not_taken_for_that_of_a_new_one_of_its_id(overlaps):
+    executor = make_executor(overlaps=overlaps)
     executor.add(request("r", [1, 2], max_tokens=50))
     executor.step()
     executor.cancel("r")
@@ -184,6 +186,85 @@ def test_bad_requests_are_refused(prompt, part):
     with pytest.raises(RequestError, match=part):
         executor.add(request("r", prompt))
     assert not executor.has_work
+
+
+@pytest.mark.parametrize("burst", [1, 5])
+def test_end_that_is_read_late_gives_no_token_more(burst):
+    """The steps after it were launched already; its blocks are free as soon as it is known, and others go on."""
+    prompt, other = [1, 2, 3], [4, 5]
+    alone = reference(prompt, 9, [None])
+    end = alone[2]
+    assert end not in alone[:2]
+    executor = make_executor(overlaps=True)
+    executor.burst, executor.eos_ids = burst, frozenset({end})
+    executor.add(request("ends", prompt, max_tokens=40))
+    events = []
+    while not any(event.finish for event in events):
+        events += executor.step()
+    assert tokens(events) == alone[:3] and events[-1].finish is FinishReason.STOP
+    assert executor.blocks.pool.used == 0 and executor.runner.tickets, "a step is still in flight"
+    executor.add(request("other", other, max_tokens=20, ignore_eos=True))
+    rest = drain(executor)
+    assert rest.keys() == {("other", 0)} and tokens(rest["other", 0]) == reference(other, 20, [None])
+    assert executor.stats.steps > 3 + 20, "nothing was computed in vain: the test is too easy"
+    assert executor.blocks.pool.used == 0 and not executor.runner.tickets
+
+
+def test_penalties_are_given_every_token(monkeypatch):
+    """Steps overlap only while no sequence that runs needs to know its last token."""
+    executor = make_executor(overlaps=True)
+    executor.burst = 5
+    launch, overlapped = executor.runner.launch, []
+
+    def checked(batch, rows, *steps):
+        assert not any(row.params.penalizes and PENDING in row.tokens for row in rows)
+        overlapped.append(any(PENDING in piece.tokens for piece in batch))
+        return launch(batch, rows, *steps)
+
+    monkeypatch.setattr(executor.runner, "launch", checked)
+    events = defaultdict(list)
+
+    def step(count):
+        for event in [event for _ in range(count) for event in executor.step()]:
+            events[event.request].append(event)
+
+    executor.add(request("plain", [1, 2, 3], max_tokens=60))
+    step(3)
+    before = len(overlapped)
+    penalties = {"presence": {"presence_penalty": 0.5}, "repetition": {"repetition_penalty": 1.5}}
+    for name, params in penalties.items():
+        executor.add(request(name, [4, 5], max_tokens=6, **params))
+    while not all(events[name] and events[name][-1].finish for name in penalties):
+        step(1)
+    during = len(overlapped)
+    for (name, _), seen in drain(executor).items():
+        events[name] += seen
+    assert any(overlapped[:before]) and any(overlapped[during:]), "steps never overlap: the test is too easy"
+    assert tokens(events["plain"]) == reference([1, 2, 3], 60, [None])
+    for name in penalties:
+        assert tokens(events[name]) == reference([4, 5], 6, [None])
+
+
+@pytest.mark.parametrize("burst", [1, 5])
+def test_cancelling_while_a_step_is_in_flight(burst):
+    """Its blocks are free at once, for a request whose steps come behind; the tokens in flight are dropped."""
+    executor = make_executor(overlaps=True, reuse=False)
+    executor.burst = burst
+    executor.add(request("victim", list(range(20)), max_tokens=60))
+    executor.add(request("other", [1, 2], max_tokens=60))
+    early = [event for _ in range(3) for event in executor.step()]
+    assert executor.runner.tickets, "no step is in flight: the test is too easy"
+    held = executor.blocks.pool.used
+    executor.cancel("victim")
+    assert executor.blocks.pool.used < held
+    executor.add(request("next", list(range(30, 60)), max_tokens=7))
+    events = drain(executor)
+    (event,) = events["victim", 0]
+    assert event.finish is FinishReason.CANCELLED and event.token is None
+    seen = [event for event in early if event.request == "other"] + events["other", 0]
+    assert tokens(seen) == reference([1, 2], 60, [None])
+    assert tokens(events["next", 0]) == reference(list(range(30, 60)), 7, [None])
+    assert executor.blocks.pool.used == 0 and not executor.runner.tickets
 
 
 def test_ids_must_differ():
