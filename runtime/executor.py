@@ -185,6 +185,12 @@ class Executor:
         """Whether the next step can be put together without knowing the last one's tokens."""
         return not any(s.request.params.penalizes for s in self.scheduler.running)
 
+    def _may_burst(self, slices: list[SequenceSlice], rows: list[Row]) -> bool:
+        """Whether steps like this one may follow it before its tokens are read."""
+        if self.burst < 2 or not self.runner.overlaps or len(rows) != sum(len(piece.tokens) for piece in slices):
+            return False
+        return all(row.plain for row in rows)
+
     def _launch(self) -> _InFlight | None:
         """Put the next step together and start it; None when there is nothing to compute."""
         work = self.scheduler.schedule()
@@ -193,7 +199,7 @@ class Executor:
         slices = [item.slice() for item in work]
         choosing = [item.sequence for item, piece in zip(work, slices, strict=True) if piece.logits]
         rows = [self._row(sequence) for sequence in choosing]
-        if self.burst > 1 and len(rows) == sum(len(piece.tokens) for piece in slices) and all(r.plain for r in rows):
+        if self._may_burst(slices, rows):
             work = self.scheduler.lengthen(work, self.burst)
         steps = work[0].steps
         ticket = self.runner.launch(slices, rows, steps)

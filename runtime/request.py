@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 
 from trtx.converters.errors import TrtxError
 from trtx.runtime.sampling import SamplingParams
@@ -38,8 +37,9 @@ class Logprob:
     logprob: float
 
 
-class TokenEvent(NamedTuple):
-    """What one step brought for one continuation. One is made for every token: tuples are made fastest.
+@dataclass(slots=True)
+class TokenEvent:
+    """What one step brought for one continuation. One is made for every token, which a frozen one would slow down.
 
     Attributes:
         index: which of the request's `n` continuations.

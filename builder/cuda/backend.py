@@ -13,7 +13,7 @@ Decode steps are captured in graphs, which keep the memory of the largest for th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,7 +103,7 @@ class CudaBackend(Backend):
             return tensor
 
         for suffix, shape in shapes.items():
-            yield Entry(f"{name}.{suffix}", shape.dtype, tuple(shape.shape), lambda suffix=suffix: take(suffix))
+            yield Entry(f"{name}.{suffix}", shape.dtype, tuple(shape.shape), partial(take, suffix))
 
     def weight_bytes(self, sizing: Sizing, shard: Shard) -> int:
         from trtx.runtime.cuda.ops import is_expert

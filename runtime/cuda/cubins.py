@@ -93,7 +93,8 @@ class CubinLaunch(Launch):
 
     def __init__(self, folder: Path, device: torch.device, dependent: bool) -> None:
         self.dependent = dependent
-        self.shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(device)
+        self.shared_bytes = properties.shared_memory_per_block_optin
         self._device = device
         self._driver = driver()
         try:

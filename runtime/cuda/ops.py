@@ -83,7 +83,7 @@ class CudaOps(TorchOps):
 
     # Weights.
 
-    def load_linear(self, weight: LinearWeight) -> CudaLinear | ResidentLinear:
+    def load_linear(self, weight: LinearWeight) -> Any:
         if is_expert(weight.name):
             return super().load_linear(weight)
         tensors = {suffix: tensor.to(self.device) for suffix, tensor in weight.tensors.items()}
@@ -98,12 +98,12 @@ class CudaOps(TorchOps):
         down = [mlp.down for mlp in experts]
         return Experts(*_stacked(gate_up, len(experts)), *_stacked(down, len(experts)))
 
-    def tie(self, table: Tensor) -> CudaLinear:
+    def tie(self, table: Tensor) -> Any:
         return linear.dense("lm_head", table, (len(table),))
 
     # Words with kernels.
 
-    def embed(self, step: CudaStep, table: Tensor, scale: float = 1.0) -> Tensor:
+    def embed(self, step: Any, table: Tensor, scale: float = 1.0) -> Tensor:
         return elementwise.embed(self.launch, step.token_ids, table, scale)
 
     def norm(self, x: Tensor, weight: ResidentNorm) -> Tensor:
@@ -117,7 +117,7 @@ class CudaOps(TorchOps):
             return super().linear(x, weight)
         return linear.linear(self.launch, x, weight)
 
-    def split(self, y: Tensor, weight: CudaLinear) -> Sequence[Tensor]:
+    def split(self, y: Tensor, weight: Any) -> Sequence[Tensor]:
         return y.split(weight.rows, dim=-1)
 
     def mlp(self, x: Tensor, weights: Mlp, activation: Activation) -> Tensor:
@@ -167,7 +167,7 @@ class CudaOps(TorchOps):
             v_scale=v_scale,
         )
 
-    def rope(self, x: Tensor, rope: Rope, step: CudaStep) -> Tensor:
+    def rope(self, x: Tensor, rope: Rope, step: Any) -> Tensor:
         """For latents; elsewhere `attend` rotates."""
         cos, sin = (table[step.positions].unsqueeze(1) for table in self.rotation(rope))
         first, second = x[..., : rope.dim].float().chunk(2, dim=-1)
@@ -204,7 +204,7 @@ class CudaOps(TorchOps):
             self.launch, x, *routing, experts.gate_up, experts.down, biases, activation, weighs_input
         )
 
-    def rows(self, x: Tensor, step: CudaStep) -> Tensor:
+    def rows(self, x: Tensor, step: Any) -> Tensor:
         return x if step.rows is None else x.index_select(0, step.rows)
 
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,7 +220,7 @@ class StepMaker:
         counts = [len(piece.tokens) for piece in batch]
         ends = np.cumsum(counts)
         rows = [row for piece, end in zip(batch, ends, strict=True) for row in range(end - piece.logits, end)]
-        numbers = {
+        numbers: dict[str, Any] = {
             "ids": np.concatenate([_NONE, *(np.asarray(piece.tokens, dtype=np.int32) for piece in batch)]),
             "sources": [piece.source or 0 for piece in batch[: shape.decodes]],
             "positions": np.concatenate([_NONE, *(np.arange(p.start, p.end, dtype=np.int32) for p in batch)]),

@@ -1,12 +1,13 @@
 """The cuda backend on one GPU, beside what vLLM 0.26.0 reached on an H100 with the same workloads.
 
-    python tests/bench/h100.py --out h100-bench.json [--rows NAME …] [--peer peer.jsonl]
+    python tests/bench/h100.py --out h100-bench.json
+    python tests/bench/h100.py --table h100-bench.json     the table of the README
 
 Weights are random, prompts are random token ids, decoding is greedy and nothing is detokenized. TTFT is the time of a
 request for one token, TPOT the rest of a longer one by its tokens; medians. Throughput is output tokens by the time of
 the whole run, prefill included, all requests handed in at once and at most B running. "start" is the time from opening
-the engine to being ready. The peer's figures are those of ../shared/FACTS.md (another machine of the same kind), or of
-a run in the same lease, given by --peer (the JSON lines of ../shared/peer/vllm_bench.py).
+the engine to being ready. The peer's figures were measured with the same definitions on another machine of the same
+kind, and hosts differ: they are for orientation.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ class Case:
 
 CASES = (
     Case("8b-bf16", "meta-llama/Llama-3.1-8B", "none", (
-        Work(1, 128, 128, 5, {"ttft_ms": 13.5, "tpot_ms": 6.65}), Work(1, 2048, 128, 5, {"ttft_ms": 49.8, "tpot_ms": 6.59}),
+        Work(1, 128, 128, 5, {"ttft_ms": 13.5, "tpot_ms": 6.65}),
+        Work(1, 2048, 128, 5, {"ttft_ms": 49.8, "tpot_ms": 6.59}),
         Work(8, 512, 256, 32, {"out_tok_s": 1102}), Work(64, 512, 256, 256, {"out_tok_s": 5456}),
         Work(256, 128, 128, 1024, {"out_tok_s": 14596}), Work(256, 1024, 128, 512, {"out_tok_s": 3785}),
         Work(256, 512, 512, 512, {"out_tok_s": 10869}),
     ), 58.6),
     Case("8b-fp8", "meta-llama/Llama-3.1-8B", "fp8", (
-        Work(1, 128, 128, 5, {"ttft_ms": 18.7, "tpot_ms": 4.19}), Work(1, 2048, 128, 5, {"ttft_ms": 36.4, "tpot_ms": 4.37}),
+        Work(1, 128, 128, 5, {"ttft_ms": 18.7, "tpot_ms": 4.19}),
+        Work(1, 2048, 128, 5, {"ttft_ms": 36.4, "tpot_ms": 4.37}),
         Work(8, 512, 256, 32, {"out_tok_s": 1614}), Work(64, 512, 256, 256, {"out_tok_s": 7458}),
         Work(256, 128, 128, 1024, {"out_tok_s": 19056}), Work(256, 1024, 128, 512, {"out_tok_s": 5054}),
         Work(256, 512, 512, 512, {"out_tok_s": 13159}),
@@ -148,8 +151,8 @@ class Bench:
             self.serve(llm, min(work.batch, work.requests), work.isl, min(work.osl, 8))
             times = [self.serve(llm, work.requests, work.isl, work.osl) for _ in range(self.reps)]
             row |= {"out_tok_s": work.requests * work.osl / statistics.median(times), "seconds": times}
-        told = {name: (round(row[name], 3), peer, round(row[name] / peer, 3)) for name, peer in work.peer.items()}
-        print(self.case.name, work.batch, work.isl, work.osl, told or {k: row[k] for k in row if k[-3:] == "_ms"}, flush=True)
+        found = {name: round(row[name], 3) for name in NAMES if name in row}
+        print(self.case.name, work.batch, work.isl, work.osl, found, "vLLM:", work.peer, flush=True)
         return row
 
     def serve(self, llm: LLM, count: int, isl: int, osl: int) -> float:
@@ -186,6 +189,28 @@ def read_ceiling() -> float:
     return data.nbytes / best / 1e9
 
 
+NAMES = {"ttft_ms": "TTFT, ms", "tpot_ms": "TPOT, ms", "out_tok_s": "output tokens/s"}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown; better is below 1 for times, above 1 for throughput."""
+    lines = [
+        "| model | batch | in → out | | vLLM 0.26.0 | trtx | trtx / vLLM |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: |",
+    ]
+    cases = {case.name: case for case in CASES}
+    for row in report["rows"]:
+        case = cases[row["case"]]
+        name = f"{case.model.split('/')[-1]} {'bf16' if case.format == 'none' else case.format}"
+        for key in (key for key in NAMES if key in row):
+            peer, digits = row["peer"].get(key), 0 if row[key] > 100 else 2
+            theirs, ratio = (f"{peer:g}", f"{row[key] / peer:.2f}") if peer else ("", "")
+            work = row["batch"], f"{row['isl']} → {row['osl']}"
+            cells = name, *work, NAMES[key], theirs, f"{row[key]:.{digits}f}", ratio
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -193,7 +218,11 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int)
     parser.add_argument("--reps", type=int, default=1)
     parser.add_argument("--commit", default="")
+    parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     ceiling = read_ceiling()
     print(f"{torch.cuda.get_device_name()}, read ceiling {ceiling:.2f} TB/s", flush=True)
     report: dict[str, Any] = {

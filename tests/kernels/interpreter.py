@@ -1,4 +1,4 @@
-"""What Triton 3.6's interpreter gets wrong.
+"""What the interpreter of Triton 3.6 and 3.7 gets wrong.
 
 It truncates to bf16 and e4m3, multiplies the bits of bf16 matrices, and can't loop to a number that is only known at
 run time (NumPy 2.4 no longer makes an integer of an array with one number).

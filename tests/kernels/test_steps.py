@@ -83,13 +83,13 @@ def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Checkpoi
 def test_tokens_are_transformers(model, checkpoint, launch, device, burst):
     """Prompts in chunks beside decodes, padded prefills, too few blocks, steps that overlap, or several at once."""
     limits = Limits(
-        max_batch_size=3, max_num_tokens=16, max_seq_len=32, kv_block_size=8, kv_blocks=1 + 5, kv_dtype="fp32"
+        max_batch_size=3, max_num_tokens=16, max_seq_len=32, kv_block_size=8, kv_blocks=1 + 4, kv_dtype="fp32"
     )
     runner = StepsRunner(checkpoint, limits, launch, device)
     executor = Executor(runner, limits, checkpoint.spec.vocab_size)
     executor.burst = burst
     rng = random.Random(0)
-    prompts = {str(n): tuple(rng.randrange(80) for _ in range(length)) for n, length in enumerate((18, 3, 7, 1))}
+    prompts = {str(n): tuple(rng.randrange(80) for _ in range(length)) for n, length in enumerate((17, 4, 5))}
     output: dict[str, list[int]] = {name: [] for name in prompts}
     params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
     for name, prompt in prompts.items():
@@ -103,7 +103,7 @@ def test_tokens_are_transformers(model, checkpoint, launch, device, burst):
         assert_greedy(model, prompt, output[name])
     assert executor.blocks.pool.used == 0
     assert executor.stats.preemptions, "the pool never ran dry: the test is too easy"
-    assert max(runner.several) == burst and {"decodes", "chunks", "mixed"} <= runner.kinds
+    assert (max(runner.several) > 1) == (burst > 1) and runner.kinds == {"decodes", "chunks", "mixed"}
 
 
 def test_batch_sizes_are_dense_where_they_are_small_and_never_far_apart():
