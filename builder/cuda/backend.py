@@ -55,6 +55,8 @@ class CudaBackend(Backend):
                 f"--backend cuda: no kernels for compute capability {sizing.target.gpu.sm} ({sizing.target.name}).",
                 "Use --backend torch.",
             )
+        if reason := obstacle(sizing.target.gpu.sm, sizing.model.quantization.format, sizing.kv_dtype):
+            raise UnsupportedError(f"--backend cuda --gpu {sizing.target.name}: {reason}.", "Use --backend torch.")
         return sizing
 
     def versions(self) -> dict[str, str]:
@@ -152,6 +154,16 @@ class CudaBackend(Backend):
         rows = min(tokens, sizing.max_batch_size)
         logits = rows * spec.vocab_size * (size + SAMPLER_BYTES)
         return residual + max(attention, mlp, logits)
+
+
+def obstacle(sm: str, form: str, kv_dtype: str) -> str:
+    """Why kernels for a weight format can't be compiled for a compute capability; empty where they can."""
+    in_e4m3 = form in ("fp8", "fp8_wo", "fp8_pc_pt", "w4a8_awq", "nvfp4", "nvfp4_wo", "mxfp8") or kv_dtype == "fp8"
+    if in_e4m3 and float(sm) < 8.9:
+        return f"compute capability {sm} has no FP8 numbers"
+    if sm == "10.0" and form in ("fp8", "int8_sq", "w4a8_awq"):
+        return f"Triton 3.6 does not compile the kernels of {form} for compute capability 10.0"
+    return ""
 
 
 def _suffix(entry: Entry) -> str:

@@ -24,16 +24,13 @@ from torch import Tensor
 from trtx.converters.spec import Activation
 from trtx.quantize.formats import E4M3, FORMATS, Format
 from trtx.quantize.weight import LinearWeight
-from trtx.runtime.cuda.launch import Constant, Launch
+from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch
 
 SKINNY, SKINNY_CODES = 64, 16
 """The most tokens that `skinny` multiplies, with weights of 16 and of 8 bits: measured against cuBLAS on an H100."""
 
-SKINNY_WORDS = 256
-"""The most tokens that `skinny4` multiplies, `SKINNY` at a time."""
-
-_SHARED_BYTES = 160 << 10
-"""Shared memory that the stages of a pipeline may take."""
+SKINNY_WORDS = 64
+"""The most tokens that `skinny4` multiplies, `SKINNY` at a time: 128 took an H100 longer than dequantizing."""
 
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
@@ -365,7 +362,7 @@ def gemv_shape(n: int, k: int, itemsize: int, parts: int) -> tuple[int, int, int
 def _skinny(launch: Launch, operands: Operands, constants: dict[str, Constant], w: CudaLinear, m: int) -> None:
     n, k, parts = constants["N"], constants["K"], 2 if constants["GATED"] else 1
     assert isinstance(n, int) and isinstance(k, int)
-    shape = skinny_shape(m, n, k, w.weight.itemsize, parts)
+    shape = skinny_shape(m, n, k, w.weight.itemsize, parts, launch.shared_bytes)
     tiles = -(-n // shape.rows)
     launch(
         "linear.skinny",
@@ -393,14 +390,19 @@ class Skinny:
     stages: int = 4
 
 
-def skinny_shape(m: int, n: int, k: int, itemsize: int, parts: int) -> Skinny:
-    """How `skinny` is launched for m tokens and n outputs, each of `parts` rows of a weight."""
-    rows = 64
+def skinny_shape(m: int, n: int, k: int, itemsize: int, parts: int, shared: int = H100_SHARED) -> Skinny:
+    """How `skinny` is launched for m tokens and n outputs, each of `parts` rows of a weight.
+
+    Args:
+        shared: memory of a program, of which the stages of its pipeline take up to two thirds.
+    """
+    rows, tokens = 64, max(16, _power_of_two(m))
+    column = rows * parts * itemsize + tokens * 2
     block = min(128 // itemsize * 2, _power_of_two(k))
+    while block > 32 and 2 * block * column > shared * 2 // 3:
+        block //= 2
     splits = _splits(-(-n // rows), -(-k // block), 4)
-    tokens = max(16, _power_of_two(m))
-    stage = block * (rows * parts * itemsize + tokens * 2)
-    return Skinny(rows, tokens, block, splits, stages=max(2, min(4, _SHARED_BYTES // stage)))
+    return Skinny(rows, tokens, block, splits, stages=max(2, min(4, shared * 2 // 3 // (block * column))))
 
 
 def _splits(tiles: int, blocks: int, least: int) -> int:

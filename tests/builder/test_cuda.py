@@ -194,7 +194,8 @@ def resolve_variant(**constants) -> Variant:
 
 
 def test_kernel_that_does_not_compile_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)step\.resolve.*can't be compiled for compute capability 9\.0: .*power of 2"):
+    message = r"(?s)step\.resolve.*can't be compiled for compute capability 9\.0: .*power of 2"
+    with pytest.raises(RuntimeError, match=message):
         compile_kernels([resolve_variant(BLOCK=100)], "9.0", tmp_path)
     assert not list(tmp_path.iterdir())
 
