@@ -8,10 +8,12 @@
 # Settings: PYTHON=python3.12
 #           TORCH='torch==2.12.1'                                  another torch
 #           TORCH_INDEX=https://download.pytorch.org/whl/cpu       without CUDA: 0.2 GB instead of 3 GB
+#           TRITON='triton==3.6.0'                                 another Triton than torch asks for
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+TRITON ?=
 
 BIN := .venv/bin
 # One torch thread a job: two jobs that both use all cores slow each other down. A file stays in one job, for its fixtures.
@@ -30,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 	touch $@
 
 .venv/dev: .venv/trtx
-	$(BIN)/pip install --editable '.[dev]'
+	$(BIN)/pip install --editable '.[dev]' $(TRITON)
 	touch $@
 
 # --- demo -----------------------------------------------------------------------------------------------------------

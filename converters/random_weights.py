@@ -58,7 +58,7 @@ def random_module(
 ) -> dict[str, Tensor]:
     """What a checkpoint would store for a module with random weights, by suffix.
 
-    A quantized weight is a random one, packed. Scales of a whole tensor are constants, so that linears can be fused, and
+    A quantized weight is a random one, packed. Scales of a whole tensor are constants, so that linears can be fused;
     those of inputs suit values of about 1.
     """
     stored, form = quantization.stored(module, dtype), quantization.format_of(module)
@@ -79,7 +79,7 @@ def random_module(
         elif suffix == "pre_quant_scale":
             tensors[suffix] = torch.ones(tensor.shape, device=device)
         else:
-            largest = {"int8_sq": 127.0, "nvfp4": 2688.0}.get(form.name, 448.0)
+            largest = {"int8_sq": 127.0, "nvfp4": 2688.0, "nvfp4_wo": 2688.0}.get(form.name, 448.0)
             reach = _LARGEST_INPUT if suffix == "input_scale" else 5 * STD
             tensors[suffix] = torch.tensor(reach / largest, device=device)
     return tensors

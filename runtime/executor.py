@@ -22,7 +22,7 @@ from trtx.runtime.kv_blocks import BlockManager
 from trtx.runtime.request import FinishReason, Request, TokenEvent
 from trtx.runtime.runner import Runner
 from trtx.runtime.sampler import Row, Sampled
-from trtx.runtime.scheduler import Scheduled, Scheduler, Sequence
+from trtx.runtime.scheduler import Scheduler, Sequence
 
 
 @dataclass(frozen=True)
@@ -245,9 +245,7 @@ class Executor:
         forbidden = state.ends if sequence.output_length < params.min_tokens else frozenset()
         return Row(params, sequence.tokens, sequence.prompt_length, state.seed, sequence.index, forbidden)
 
-    def _advance(
-        self, sequence: Sequence, state: _Continuations, sampled: Sampled, events: list[TokenEvent]
-    ) -> None:
+    def _advance(self, sequence: Sequence, state: _Continuations, sampled: Sampled, events: list[TokenEvent]) -> None:
         """Put the chosen token in the place of the pending one; end the sequence where it ends."""
         if sampled.token is None:
             # What was not started yet would fail on the same prompt.

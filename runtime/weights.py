@@ -156,5 +156,6 @@ def _resident(module: Module, tensors: dict[str, Tensor], spec: ModelSpec, store
         return ops.load_norm(name, weight, tensors.get("bias"), spec.norm_of(name))
     if name.endswith((".k_up", ".v_up")):
         return ops.load_matrix(name, weight)
-    linear = store.linear(module)
+    form = store.config.quantization.format_of(module)
+    linear = LinearWeight(name, form, tensors, ((name, module.shape[0]),), module.split)
     return ops.load_router(linear) if name.endswith(".router") else ops.load_linear(linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.h100 import table
 from trtx.builder.tensorrt import modes
 from trtx.builder.tensorrt.library import FLAVORS
 from trtx.cli.app import EXIT_CODES
@@ -71,6 +73,12 @@ def test_family_table_is_the_generated_one():
     """Put it right with: trtx families --markdown"""
     shown = README.partition("<!-- families -->\n")[2].partition("<!-- end of families -->")[0]
     assert shown == run(["trtx", "families", "--markdown"], ROOT)
+
+
+def test_speed_table_is_of_the_committed_report():
+    """Put it right with: python tests/bench/h100.py --table tests/gpu/results/h100-bench.json"""
+    shown = README.partition("<!-- h100 -->\n")[2].partition("\n<!-- end of h100 -->")[0]
+    assert shown == table(json.loads((ROOT / "tests/gpu/results/h100-bench.json").read_text()))
 
 
 def test_mode_table_is_the_generated_one():

@@ -88,9 +88,9 @@ class Tiling(NamedTuple):
 def prefill_tiling(head_dim: int, itemsize: int, shared: int = H100_SHARED, programs: int = 1) -> Tiling:
     """For queries of `itemsize` bytes a number, and programs that may have `shared` bytes of shared memory.
 
-    Few programs have a multiprocessor each, and five stages: block tables are loaded ahead of keys and values, and those
-    two tiles ahead. Of many, two share one: while one computes its softmax, the other multiplies (measured on an H100:
-    482 TFLOP/s at 8192 tokens against 429).
+    Few programs have a multiprocessor each, and five stages: block tables are loaded ahead of keys and values, and
+    those two tiles ahead. Of many, two share one: while one computes its softmax, the other multiplies (measured on an
+    H100: 482 TFLOP/s at 8192 tokens against 429).
     """
     width = _power(head_dim)
     if itemsize == 4:
@@ -232,9 +232,7 @@ def attention(
         sinks: fp32 [H].
         k_scale, v_scale: of an e4m3 cache.
     """
-    layer = CachedAttention(
-        launch, keys, values, table, q.shape[-1], window, chunked, softcap, sinks, alibi, v_scale
-    )
+    layer = CachedAttention(launch, keys, values, table, q.shape[-1], window, chunked, softcap, sinks, alibi, v_scale)
     return layer.attend(q, step, scale * k_scale)
 
 

@@ -1,7 +1,7 @@
 """From an engine's files to the GPU, at the speed of the bus.
 
-Several threads read pieces of the files into pinned memory and copy them from there; reading a piece and copying another
-overlap. A mapped file would be paged in 4 KiB at a time, by one thread.
+Several threads read pieces of the files into pinned memory and copy them from there; reading a piece and copying
+another overlap. A mapped file would be paged in 4 KiB at a time, by one thread.
 """
 
 from __future__ import annotations

@@ -38,14 +38,7 @@ def test_tensors_are_those_of_a_checkpoint(tmp_path, form):
     assert differing == {module.name for module in store.config.spec.modules()}
 
 
-def of_usual_size(form: str):
-    if form != "nvfp4_wo":
-        return form
-    reason = "`random_module` gives its weight_scale_2 the range of fp8: weights are 6 times too large"
-    return pytest.param(form, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
-@pytest.mark.parametrize("form", map(of_usual_size, FORMATS))
+@pytest.mark.parametrize("form", FORMATS)
 def test_linears_fuse_and_their_weights_are_of_the_usual_size(tmp_path, form):
     store = store_of(tmp_path, form)
     for name, modules in fused_groups(store.config):
