@@ -30,8 +30,8 @@ SKINNY, SKINNY_CODES = 64, 16
 """The most tokens that `skinny` multiplies, with weights of 16 and of 8 bits: measured against cuBLAS on an H100."""
 
 SKINNY_WORDS = 128
-"""The most tokens that `skinny4` multiplies, `SKINNY` at a time: a prefill of 128 took an H100 26.9 ms so, and 32.8 with
-weights dequantized."""
+"""The most tokens that `skinny4` multiplies, `SKINNY` at a time: 128 took an H100 26.9 ms so, in Llama-3.1-8B, and 32.8
+with weights dequantized."""
 
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
