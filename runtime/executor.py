@@ -118,7 +118,7 @@ class Executor:
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(token for token in eos_ids if 0 <= token < vocab_size)
         self.blocks = BlockManager(runner.layout, limits.kv_blocks, prefix_reuse)
-        self.scheduler = Scheduler(self.blocks, limits.max_batch_size, limits.max_num_tokens, limits.max_seq_len)
+        self.scheduler = Scheduler(self.blocks, limits.max_batch_size, limits.max_num_tokens)
         self.stats = ExecutorStats()
         self.last_step = StepStats(0, 0, 0, 0.0)
         self._requests: dict[str, _Continuations] = {}

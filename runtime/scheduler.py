@@ -114,7 +114,6 @@ class Scheduler:
     manager: BlockManager
     max_batch_size: int
     max_num_tokens: int
-    max_seq_len: int
     running: list[Sequence] = field(default_factory=list)
     waiting: deque[Sequence] = field(default_factory=deque)
     preemptions: int = 0
@@ -230,9 +229,7 @@ class Scheduler:
     def _will_grow(self, sequence: Sequence) -> bool:
         """Whether a running sequence may need more blocks than it holds."""
         assert sequence.blocks is not None
-        wanted = sequence.request.params.max_tokens
-        length = self.max_seq_len if wanted is None else min(sequence.prompt_length + wanted, self.max_seq_len)
-        return self.manager.missing_whole(sequence.blocks, length, self.max_num_tokens) > 0
+        return self.manager.missing_whole(sequence.blocks, sequence.limit, self.max_num_tokens) > 0
 
     def _open(self, sequence: Sequence) -> tuple[SequenceBlocks, int]:
         parent = sequence.parent

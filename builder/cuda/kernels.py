@@ -17,11 +17,10 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
 
 import xxhash
 
+from trtx.builder.cache import cache_folder, replace_file
 from trtx.converters.errors import MissingPackageError
 from trtx.runtime.cuda.cubins import INDEX, Cubin
 from trtx.runtime.cuda.launch import Variant
@@ -79,14 +78,8 @@ def compile_kernels(
     return cubins
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept for the next build."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "trtx" / "kernels"
-
-
 def _cached(digest: str) -> Path:
-    return cache_folder() / f"{digest}.json"
+    return cache_folder("kernels") / f"{digest}.json"
 
 
 def _digest(variant: Variant, sm: str) -> str:
@@ -103,7 +96,6 @@ def _sources() -> str:
 
 
 def _compile_all(variants: list[Variant], sm: str, advance: Callable[[int], None]) -> None:
-    cache_folder().mkdir(parents=True, exist_ok=True)
     numbered = list(enumerate(variants))
     count = min(len(variants), len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(count) as pool:
@@ -139,13 +131,7 @@ def _feed(
             compiled["error"] = f"it takes {compiled['shared_bytes']} bytes of shared memory, more than there are"
         if "error" in compiled:
             raise RuntimeError(f"{variant} can't be compiled for compute capability {sm}: {compiled['error']}")
-        _store(_cached(_digest(variant, sm)), compiled)
+        replace_file(_cached(_digest(variant, sm)), json.dumps(compiled).encode())
         advance(1)
     if known:
         raise RuntimeError(f"Triton's process ended before it had compiled {next(iter(known.values()))}")
-
-
-def _store(where: Path, compiled: dict[str, Any]) -> None:
-    with NamedTemporaryFile("w", dir=where.parent, delete=False, encoding="utf-8") as file:
-        json.dump(compiled, file)
-    Path(file.name).replace(where)

@@ -9,19 +9,13 @@ time and change nothing. Of two processes that write one, the last wins. Not tri
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trtx.builder.cache import cache_folder, replace_file
 from trtx.builder.tensorrt.library import Flavor, load
-
-
-def folder() -> Path:
-    """`$XDG_CACHE_HOME/trtx/tensorrt`, in `~/.cache` unless that is set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtx" / "tensorrt"
 
 
 class TimingCache:
@@ -74,7 +68,7 @@ class RuntimeCache:
 
 def _path(kind: str, flavor: Flavor, *parts: str) -> Path:
     words = [kind, flavor.module, load(flavor).__version__, *parts]
-    return folder() / ("-".join(re.sub(r"[^0-9A-Za-z._]+", "_", word) for word in words) + ".bin")
+    return cache_folder("tensorrt") / ("-".join(re.sub(r"[^0-9A-Za-z._]+", "_", word) for word in words) + ".bin")
 
 
 def _read(path: Path) -> bytes:
@@ -89,12 +83,4 @@ def _write(path: Path, content: Any) -> None:
     if content is None:
         return
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(memoryview(content))
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(path, memoryview(content))

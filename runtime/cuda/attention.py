@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trtx.converters.spec import Alibi
-from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch
+from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
 from trtx.runtime.ops.torch_attention import alibi_bias
 
 _PROGRAMS = 4 * 132
@@ -92,7 +92,7 @@ def prefill_tiling(head_dim: int, itemsize: int, shared: int = H100_SHARED, prog
     those two tiles ahead. Of many, two share one: while one computes its softmax, the other multiplies (measured on an
     H100: 482 TFLOP/s at 8192 tokens against 429).
     """
-    width = _power(head_dim)
+    width = power_of_two(head_dim)
     if itemsize == 4:
         return Tiling(16, 16, 4, 1) if width > 64 else Tiling(32, 32, 4, 1)
     if shared < H100_SHARED:
@@ -108,8 +108,8 @@ def prefill_tiling(head_dim: int, itemsize: int, shared: int = H100_SHARED, prog
 
 def decode_tiling(sharing: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> Tiling:
     """For `sharing` query heads a key head, of `itemsize` bytes a number."""
-    width = _power(head_dim)
-    rows = min(max(16, _power(sharing)), 64)
+    width = power_of_two(head_dim)
+    rows = min(max(16, power_of_two(sharing)), 64)
     if itemsize == 4:
         return Tiling(16, 16, 4, 1) if width > 128 else Tiling(16, 32, 4, 1)
     if width > 256:
@@ -165,8 +165,8 @@ def rotate_and_store(
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     rotated = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    width = _power(dim)
-    block = max(1, min(1024 // width, _power(max(heads, kv_heads))))
+    width = power_of_two(dim)
+    block = max(1, min(1024 // width, power_of_two(max(heads, kv_heads))))
     norm = q_norm or HeadNorm(None, None, 0.0, "unit")
     key_norm = k_norm or norm
     floor, scale = query_scaling or (0.0, 0.0)
@@ -197,7 +197,7 @@ def store_latents(
     constants: dict[str, Constant] = {
         "DIM": rank, "TAIL": tail, "STRIDE": latent.stride(0), "TAIL_STRIDE": k_rope.stride(0),
         "WIDTH": table.shape[1], "BLOCK_SIZE": latents.shape[2],
-        "BLOCK_DIM": _power(rank), "BLOCK_TAIL": _power(tail),
+        "BLOCK_DIM": power_of_two(rank), "BLOCK_TAIL": power_of_two(tail),
     }  # fmt: skip
     args = latent, k_rope, step.positions, step.sequence, table, latents
     launch("attention.store_latents", (len(latent),), args, constants, warps=1, stages=1, pdl=True)
@@ -306,8 +306,8 @@ class CachedAttention:
             q, self.keys, self.values, self.table, step.lengths, self.sinks, self.alibi and self.alibi.slopes, out,
             partials, extremes, step.counters, float(scale), float(self.v_scale),
         )  # fmt: skip
-        rows = _power(group)
-        at_once = max(1, min(16, 64 * 32 * tiling.warps // (rows * _power(self.dim))))
+        rows = power_of_two(group)
+        at_once = max(1, min(16, 64 * 32 * tiling.warps // (rows * power_of_two(self.dim))))
         constants = self._constants(q, tiling) | {
             "SPLIT": splits > 1, "AT_LEAST": at_least, "BLOCK_G": rows, "AT_ONCE": at_once,
         }  # fmt: skip
@@ -350,7 +350,7 @@ class CachedAttention:
         longest = self.table.shape[1] * self.keys.shape[2]
         if programs >= _PROGRAMS // 4:
             return min(4, -(-longest // _LONG)), _LONG // tiling.keys
-        return min(_power(_PROGRAMS // programs + 1) // 2, _power(-(-longest // tiling.keys))), 1
+        return min(power_of_two(_PROGRAMS // programs + 1) // 2, power_of_two(-(-longest // tiling.keys))), 1
 
     def _constants(self, q: Tensor, tiling: Tiling) -> dict[str, Constant]:
         group, chunks = self._groups(q, tiling)
@@ -361,10 +361,5 @@ class CachedAttention:
             "WINDOW": self.window or 0, "CHUNKED": self.chunked and self.window is not None,
             "CAP": float(self.softcap or 0), "ROUNDED": float(self.alibi.rounded if self.alibi else 0),
             "GROUP": group, "CHUNKS": chunks, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.keys,
-            "BLOCK_DIM": max(16, _power(self.dim)), "BLOCK_TAIL": max(16, _power(tail)) if tail else 0,
+            "BLOCK_DIM": max(16, power_of_two(self.dim)), "BLOCK_TAIL": max(16, power_of_two(tail)) if tail else 0,
         }  # fmt: skip
-
-
-def _power(number: int) -> int:
-    """The smallest power of two that is not below it."""
-    return 1 << (number - 1).bit_length() if number > 1 else 1

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trtx.converters.errors import InputError, MissingPackageError
-from trtx.runtime.cuda.launch import Argument, Constant, Launch, Variant, type_of, with_pdl
+from trtx.runtime.cuda.launch import Argument, Constant, Launch, Variant, type_of
 
 INDEX = "index.json"
 
@@ -124,9 +124,7 @@ class CubinLaunch(Launch):
         key = kernel, types, tuple(constants.items()), warps, stages, pdl, registers
         found = self._known.get(key)
         if found is None:
-            chosen = with_pdl(constants, pdl, self.dependent)
-            sorted_constants, dependent = tuple(sorted(chosen.items())), pdl and self.dependent
-            variant = Variant(kernel, types, sorted_constants, warps, stages, dependent, registers)
+            variant = self.variant(kernel, types, constants, warps, stages, pdl, registers)
             if variant not in self._kernels:
                 raise RuntimeError(f"the engine was built without the kernel {variant}")
             found = self._known[key] = self._kernels[variant]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trtx.runtime.cuda.launch import Launch
+from trtx.runtime.cuda.launch import Launch, power_of_two
 from trtx.runtime.ops.torch_ops import ResidentNorm
 
 _ELEMENTS = 16
@@ -32,7 +32,7 @@ def embed(
     """
     out = table.new_empty(len(ids), table.shape[1])
     width = table.shape[1]
-    block = min(1024, _power_of_two(width))
+    block = min(1024, power_of_two(width))
     rounded = None if scale is None or scale == 1 else torch.tensor(scale, dtype=table.dtype).item()
     launch(
         "elementwise.embed",
@@ -74,7 +74,7 @@ def activation(launch: Launch, x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     tokens, width = x.shape
-    block = min(1024, _power_of_two(width))
+    block = min(1024, power_of_two(width))
     launch(
         "elementwise.activation",
         (tokens, -(-width // block)),
@@ -100,7 +100,7 @@ def _norm(
     """x [T, heads, H]; `delta`, `total` and `out` have as many rows of H, contiguous."""
     tokens, heads, width = x.shape
     assert x.stride(2) == 1 and (delta is None or delta.is_contiguous())
-    block = _power_of_two(width)
+    block = power_of_two(width)
     rows = max(1, 2048 // block) if heads > 1 else 1
     constants = {
         "WIDTH": width,
@@ -116,11 +116,6 @@ def _norm(
     arguments = (x, delta, weight, bias, total, out, tokens * heads)
     grid = (-(-tokens * heads // rows),)
     launch("elementwise.norm", grid, arguments, constants, warps=_warps(rows * block), pdl=True)
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is no smaller."""
-    return 1 << (size - 1).bit_length()
 
 
 def _warps(elements: int) -> int:

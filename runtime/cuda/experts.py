@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtx.converters.spec import Activation, MoE
-from trtx.runtime.cuda.launch import Constant, Launch
+from trtx.runtime.cuda.launch import Constant, Launch, power_of_two
 from trtx.runtime.ops.torch_ops import ResidentLinear
 
 _FEW_TOKENS = 16
@@ -56,9 +56,9 @@ def route(
         "GROUPS": moe.groups,
         "TOP_GROUPS": moe.top_groups,
         "TOP_K": moe.top_k,
-        "BLOCK_SIZE": _power_of_two(size),
-        "BLOCK_GROUPS": _power_of_two(moe.groups),
-        "BLOCK_TOP": _power_of_two(moe.top_k),
+        "BLOCK_SIZE": power_of_two(size),
+        "BLOCK_GROUPS": power_of_two(moe.groups),
+        "BLOCK_TOP": power_of_two(moe.top_k),
         "SCORES": moe.scores,
         "TWO_BEST": moe.group_score == "top2",
         "NORMALIZE": moe.normalize,
@@ -101,7 +101,7 @@ def _router_logits(launch: Launch, x: Tensor, router: ResidentLinear) -> Tensor:
     if len(x) > _FEW_TOKENS:
         return F.linear(x.float(), router.weight, router.bias)
     logits = x.new_empty(len(x), experts, dtype=torch.float32)
-    constants = {"EXPERTS": experts, "K": width, "BLOCK_N": 2, "BLOCK_K": min(2048, _power_of_two(width))}
+    constants = {"EXPERTS": experts, "K": width, "BLOCK_N": 2, "BLOCK_K": min(2048, power_of_two(width))}
     grid = (-(-experts // 2), len(x))
     launch("experts.router_logits", grid, (x, router.weight, router.bias, logits), constants, warps=4, pdl=True)
     return logits
@@ -124,10 +124,10 @@ def _by_pair(
     out = x.new_empty(tokens, hidden)
     n, k = _PAIR_BLOCKS
     weighs: dict[str, Constant] = {"TOP_K": top_k, "BLOCK_N": n, "WEIGHS_INPUT": weighs_input}
-    up = weighs | {"N": inner, "K": hidden, "BLOCK_K": min(k, _power_of_two(hidden))} | _activation(activation)
+    up = weighs | {"N": inner, "K": hidden, "BLOCK_K": min(k, power_of_two(hidden))} | _activation(activation)
     grid = (-(-inner // n), tokens * top_k)
     launch("experts.pair_up", grid, (x, ids, weights, gate_up, biases[0], h), up, warps=4, pdl=True)
-    last = weighs | {"N": hidden, "K": inner, "BLOCK_K": min(k, _power_of_two(inner))}
+    last = weighs | {"N": hidden, "K": inner, "BLOCK_K": min(k, power_of_two(inner))}
     grid = (-(-hidden // n), tokens)
     launch("experts.pair_down", grid, (h, ids, weights, down, biases[1], out), last, warps=4, pdl=True)
     return out
@@ -164,7 +164,7 @@ def _sorted(
     none = {"KIND": None, "GATED": False, "LIMIT": None, "OFFSET": 0.0, "WEIGHS_INPUT": False}
     y = multiply(h, down, biases[1], hidden, 1, **none)
     out = x.new_empty(tokens, hidden)
-    block = min(1024, _power_of_two(hidden))
+    block = min(1024, power_of_two(hidden))
     grid = (tokens, -(-hidden // block))
     summed = {"WIDTH": hidden, "BLOCK": block, "TOP_K": top_k, "WEIGHS_INPUT": weighs_input}
     launch("experts.combine", grid, (y, weights, out), summed, warps=max(1, block // 256), pdl=True)
@@ -175,7 +175,7 @@ def _sort(launch: Launch, ids: Tensor, experts: int, height: int, tiles: int) ->
     """The pairs of `ids` by expert, in tiles of some height, and the expert of each tile."""
     pairs = ids.numel()
     slots, owners = ids.new_empty(tiles * height), ids.new_empty(tiles)
-    bins = _power_of_two(experts + 1)
+    bins = power_of_two(experts + 1)
     constants = {"EXPERTS": experts, "BINS": bins, "BLOCK_M": height}
     if pairs <= _FEW_PAIRS:
         constants["BLOCK"] = 128 if pairs <= 128 else 1024
@@ -213,8 +213,3 @@ def _activation(activation: Activation) -> dict[str, Constant]:
         "LIMIT": activation.limit,
         "OFFSET": activation.offset,
     }
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is no smaller."""
-    return 1 << (size - 1).bit_length()

@@ -93,6 +93,24 @@ class Launch(ABC):
             registers: the most that a thread may take, so that more programs fit side by side; 0: any number.
         """
 
+    def with_pdl(self, constants: Mapping[str, Constant], pdl: bool) -> dict[str, Constant]:
+        """The constants of a launch: kernels that know `PDL` are told whether they are launched so."""
+        return {**constants, "PDL": self.dependent} if pdl else dict(constants)
+
+    def variant(
+        self,
+        kernel: str,
+        types: tuple[str, ...],
+        constants: Mapping[str, Constant],
+        warps: int,
+        stages: int,
+        pdl: bool,
+        registers: int,
+    ) -> Variant:
+        """What a launch asks for; arguments as in `__call__`, `types` as in `Variant`."""
+        chosen = tuple(sorted(self.with_pdl(constants, pdl).items()))
+        return Variant(kernel, types, chosen, warps, stages, pdl and self.dependent, registers)
+
 
 def type_of(argument: Argument) -> str:
     """A run-time argument's type in Triton's words."""
@@ -103,9 +121,9 @@ def type_of(argument: Argument) -> str:
     return "fp32" if isinstance(argument, float) else "i32"
 
 
-def with_pdl(constants: Mapping[str, Constant], pdl: bool, dependent: bool) -> dict[str, Constant]:
-    """The constants of a launch: kernels that know `PDL` are told whether they are launched so."""
-    return {**constants, "PDL": dependent} if pdl else dict(constants)
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a positive number: what a block of Triton has to be."""
+    return 1 << (number - 1).bit_length()
 
 
 @cache
@@ -132,11 +150,18 @@ class JitLaunch(Launch):
         pdl: bool = False,
         registers: int = 0,
     ) -> None:
-        chosen = with_pdl(constants, pdl, self.dependent)
-        extra: dict[str, Any] = {"launch_pdl": True} if pdl and self.dependent else {}
+        kernel_function(kernel)[grid](*args, **self.options(constants, warps, stages, pdl, registers))
+
+    def options(
+        self, constants: Mapping[str, Constant], warps: int, stages: int, pdl: bool, registers: int
+    ) -> dict[str, Any]:
+        """What a launch is given by name, in Triton's words."""
+        options: dict[str, Any] = {**self.with_pdl(constants, pdl), "num_warps": warps, "num_stages": stages}
+        if pdl and self.dependent:
+            options["launch_pdl"] = True
         if registers:
-            extra["maxnreg"] = registers
-        kernel_function(kernel)[grid](*args, **chosen, num_warps=warps, num_stages=stages, **extra)
+            options["maxnreg"] = registers
+        return options
 
 
 @dataclass
@@ -158,7 +183,5 @@ class RecordLaunch(Launch):
         pdl: bool = False,
         registers: int = 0,
     ) -> None:
-        chosen = with_pdl(constants, pdl, self.dependent)
         types = tuple(map(type_of, args))
-        found, dependent = tuple(sorted(chosen.items())), pdl and self.dependent
-        self.variants[Variant(kernel, types, found, warps, stages, dependent, registers)] = None
+        self.variants[self.variant(kernel, types, constants, warps, stages, pdl, registers)] = None

@@ -24,7 +24,7 @@ from torch import Tensor
 from trtx.converters.spec import Activation
 from trtx.quantize.formats import E4M3, FORMATS, Format
 from trtx.quantize.weight import LinearWeight
-from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch
+from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
 
 SKINNY, SKINNY_CODES = 64, 16
 """The most tokens that `skinny` multiplies, with weights of 16 and of 8 bits: measured against cuBLAS on an H100."""
@@ -202,7 +202,7 @@ def gated(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation) -> T
 def gated_activation(launch: Launch, y: Tensor, activation: Activation) -> Tensor:
     """act(gate) * up of y [M, 2 * I], gate and up side by side → [M, I]."""
     out = y.new_empty(len(y), y.shape[1] // 2)
-    block = min(1024, _power_of_two(out.shape[1]))
+    block = min(1024, power_of_two(out.shape[1]))
     launch(
         "linear.gated_activation",
         (len(y), -(-out.shape[1] // block)),
@@ -222,11 +222,11 @@ def quantize(launch: Launch, x: Tensor, w: CudaLinear) -> tuple[Tensor, Tensor |
     m, k = x.shape
     if w.way.input == "by token":
         codes, scale = torch.empty_like(x, dtype=E4M3), x.new_empty(m, dtype=torch.float32)
-        block = _power_of_two(k)
+        block = power_of_two(k)
         launch("linear.by_token", (m,), (x, codes, scale), {"K": k, "BLOCK": block}, _warps(block, 8), pdl=True)
         return codes, scale
     codes = torch.empty_like(x, dtype={"e4m3": E4M3, "int8": torch.int8}.get(w.way.input, x.dtype))
-    block = min(1024, _power_of_two(k))
+    block = min(1024, power_of_two(k))
     launch(
         "linear.multiplied",
         (m, -(-k // block)),
@@ -315,7 +315,7 @@ def _multiply_words(launch: Launch, x: Tensor, w: CudaLinear, out: Tensor, const
 
 def gemv4_shape(n: int, k: int, parts: int) -> tuple[int, int, int]:
     """Rows a program, words at a time, and warps: as `gemv_shape`."""
-    words = _power_of_two(k // 8)
+    words = power_of_two(k // 8)
     if words > 512:
         words = next((b for b in (512, 256) if -(-k // (8 * b)) * 8 * b <= 1.15 * k), 128)
     rows = 8 // parts
@@ -326,7 +326,7 @@ def gemv4_shape(n: int, k: int, parts: int) -> tuple[int, int, int]:
 
 def skinny4_shape(m: int, n: int, k: int) -> Skinny:
     """How `skinny4` is launched: `block` counts words."""
-    rows, words, tokens = 64, 32, max(16, _power_of_two(m))
+    rows, words, tokens = 64, 32, max(16, power_of_two(m))
     splits = _splits(-(-n // rows), -(-k // (8 * words)), 1)
     return Skinny(rows, tokens, words, splits, stages=3 if tokens <= 16 else 2)
 
@@ -350,7 +350,7 @@ def gemv_shape(n: int, k: int, itemsize: int, parts: int) -> tuple[int, int, int
     Args:
         n: outputs, each of `parts` rows of the weight.
     """
-    block = _power_of_two(k)
+    block = power_of_two(k)
     most = 1024 if parts > 1 and itemsize == 1 else 4096 if parts == 1 and itemsize > 1 and k > 8192 else 2048
     if block > most:
         block = next((b for b in (most, 1024) if -(-k // b) * b <= 1.15 * k), 512)
@@ -397,9 +397,9 @@ def skinny_shape(m: int, n: int, k: int, itemsize: int, parts: int, shared: int 
     Args:
         shared: memory of a program, of which the stages of its pipeline take up to two thirds.
     """
-    rows, tokens = 64, max(16, _power_of_two(m))
+    rows, tokens = 64, max(16, power_of_two(m))
     column = rows * parts * itemsize + tokens * 2
-    block = min(128 // itemsize * 2, _power_of_two(k))
+    block = min(128 // itemsize * 2, power_of_two(k))
     while block > 32 and 2 * block * column > shared * 2 // 3:
         block //= 2
     splits = _splits(-(-n // rows), -(-k // block), 4)
@@ -449,14 +449,14 @@ def _dequantized(launch: Launch, w: CudaLinear, dtype: torch.dtype) -> Tensor:
     n, k = w.out_features, w.in_features
     out = w.weight.new_empty(n, k, dtype=dtype)
     if w.groups is not None:
-        block = min(256, _power_of_two(k // 8))
+        block = min(256, power_of_two(k // 8))
         launch(
             "linear.dequantize4", (n, -(-k // (8 * block))), (w.weight, w.groups, w.scale, out),
             {"K": k, "SCALE": w.way.scale, "CODES": w.way.codes, "GROUP": k // w.groups.shape[1], "WORDS": block},
             _warps(block, 4), pdl=True,
         )  # fmt: skip
         return out
-    block = min(2048, _power_of_two(k))
+    block = min(2048, power_of_two(k))
     launch(
         "linear.dequantize", (n, -(-k // block)), (w.weight, w.scale, out),
         {"K": k, "SCALE": w.way.scale, "BLOCK": block}, _warps(block, 16), pdl=True,
@@ -474,8 +474,3 @@ def _activation(activation: Activation | None) -> dict[str, Constant]:
 def _warps(elements: int, each: int) -> int:
     """Warps for a block of elements, of which a thread has `each`; up to 8."""
     return min(8, max(1, elements // (32 * each)))
-
-
-def _power_of_two(number: int) -> int:
-    """The least power of two that is not below it."""
-    return 1 << (number - 1).bit_length()

@@ -174,23 +174,12 @@ class CudaOps(TorchOps):
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
         return turned if rope.dim == x.shape[-1] else torch.cat([turned, x[..., rope.dim :]], dim=-1)
 
-    def latent_attention(
-        self, q: Tensor, latent: Tensor, k_rope: Tensor, k_up: Tensor, v_up: Tensor, layer: int, step: Any
-    ) -> Tensor:
-        """In its absorbed form, as in `TorchOps`."""
-        heads, rotated, rank = q.shape[1], k_rope.shape[-1], latent.shape[-1]
-        rope, rest = q.split([rotated, q.shape[-1] - rotated], dim=-1)
-        absorbed = torch.einsum("thd,hdr->thr", rest, k_up.view(heads, -1, rank))
-        cache = cast(CudaStep, step).cache
-        (latents,) = cache.arrays(layer)
-        table = step.attention.tables[cache.group(layer)]
+    def attend_to_latents(self, q: Tensor, latent: Tensor, k_rope: Tensor, layer: int, step: Any) -> Tensor:
+        (latents,) = step.cache.arrays(layer)
+        table = step.attention.tables[step.cache.group(layer)]
         attention.store_latents(self.launch, latent, k_rope, step.attention, table, latents)
-        queries = torch.cat([absorbed, rope], dim=-1)
-        scale = self.spec.attention_scale_of(layer)
-        attended = attention.latent_attention(
-            self.launch, queries, latents, step.attention, table, scale=scale, rank=rank
-        )
-        return torch.einsum("thr,hdr->thd", attended, v_up.view(heads, -1, rank)).flatten(1)
+        scale, rank = self.spec.attention_scale_of(layer), latent.shape[-1]
+        return attention.latent_attention(self.launch, q, latents, step.attention, table, scale=scale, rank=rank)
 
     def route(self, x: Tensor, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
         return grouped.route(self.launch, x, router, correction, moe)

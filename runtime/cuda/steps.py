@@ -108,12 +108,12 @@ class Steps:
 
     def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> Ticket:
         """Start a step, or several; see `Runner.launch`."""
-        logits = self.logits(batch)[: len(rows)]
+        assert steps <= MOST_STEPS
+        kind, shape = self._send(batch)
+        logits = self._run(kind, shape)[: len(rows)]
         self.choose(logits, rows)
         chosen = [self._on_its_way(len(rows))]
-        assert steps <= MOST_STEPS
         for _ in range(1, steps):
-            kind, shape = self._shape(batch)
             self._makers[kind].fill_later(len(batch))
             self._run(kind, shape)
             chosen.append(self._on_its_way(len(rows)))
@@ -125,13 +125,7 @@ class Steps:
 
     def logits(self, batch: Sequence[SequenceSlice]) -> Tensor:
         """The logits of a step, [rows, V] and perhaps more rows; the likeliest tokens stay for the next step."""
-        self.tables.fill(batch)
-        kind, shape = self._shape(batch)
-        if kind == "decodes":
-            self._makers[kind].fill_decodes(batch, shape.tokens)
-        else:
-            self._makers[kind].fill(batch, shape)
-        return self._run(kind, shape)
+        return self._run(*self._send(batch))
 
     def collect(self, ticket: Ticket) -> list[list[Sampled]]:
         """Wait for a launch, and read its tokens, step by step."""
@@ -167,6 +161,16 @@ class Steps:
         parameters = sampling.SamplingTensors.of(rows, logits.shape[1], logits.device)
         for place, chosen in zip(self._chosen, sampling.choose(self._ops.launch, logits, parameters), strict=True):
             place[: len(rows)].copy_(chosen)
+
+    def _send(self, batch: Sequence[SequenceSlice]) -> tuple[str, Shape]:
+        """Send the numbers of a step on their way → what it is to be run as."""
+        self.tables.fill(batch)
+        kind, shape = self._shape(batch)
+        if kind == "decodes":
+            self._makers[kind].fill_decodes(batch, shape.tokens)
+        else:
+            self._makers[kind].fill(batch, shape)
+        return kind, shape
 
     def _run(self, kind: str, shape: Shape) -> Tensor:
         """Logits of a step whose numbers have been sent."""

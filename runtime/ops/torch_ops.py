@@ -344,9 +344,13 @@ class TorchOps(Ops):
         heads, rotated, rank = q.shape[1], k_rope.shape[-1], latent.shape[-1]
         rope, rest = q.split([rotated, q.shape[-1] - rotated], dim=-1)
         absorbed = torch.einsum("thd,hdr->thr", rest, k_up.view(heads, -1, rank))
-        row = torch.cat([latent[:, None], k_rope], dim=-1)
-        attended = self._attend(torch.cat([absorbed, rope], dim=-1), (row,), layer, step, None)
+        attended = self.attend_to_latents(torch.cat([absorbed, rope], dim=-1), latent, k_rope, layer, step)
         return torch.einsum("thr,hdr->thd", attended, v_up.view(heads, -1, rank)).flatten(1)
+
+    def attend_to_latents(self, q: Tensor, latent: Tensor, k_rope: Tensor, layer: int, step: TorchStep) -> Tensor:
+        """Cache latents and attend to them with absorbed queries q [T, heads, rank + rope_dim] → [T, heads, rank]."""
+        row = torch.cat([latent[:, None], k_rope], dim=-1)
+        return self._attend(q, (row,), layer, step, None)
 
     def _attend(self, q: Tensor, new: tuple[Tensor, ...], layer: int, step: TorchStep, sinks: Tensor | None) -> Tensor:
         """Cache keys and values, or latents, `new`, and attend to all there are → [T, heads, features of a value]."""

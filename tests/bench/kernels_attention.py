@@ -32,7 +32,7 @@ from trtx.runtime.cuda.attention import (
     rotate_and_store,
     tiles_of,
 )
-from trtx.runtime.cuda.launch import Argument, Constant, JitLaunch, Launch, kernel_function, with_pdl
+from trtx.runtime.cuda.launch import Argument, Constant, JitLaunch, Launch, kernel_function
 
 READ, FLOPS = 3.16e12, 599e12
 CACHED = 256 << 20
@@ -55,12 +55,11 @@ ROTATIONS = {"8B": [1, 256, 8192], "135M": [1]}
 """Tokens."""
 
 
-class WarmLaunch(Launch):
+class WarmLaunch(JitLaunch):
     """Notes down kernels with their arguments, and lets Triton compile all of them at once."""
 
     def __init__(self, dependent: bool) -> None:
-        self.dependent = dependent
-        self.registers = 0
+        super().__init__(dependent)
         self._wanted: dict[object, Callable[[], object]] = {}
 
     def __call__(
@@ -72,11 +71,9 @@ class WarmLaunch(Launch):
         warps: int = 4,
         stages: int = 2,
         pdl: bool = False,
+        registers: int = 0,
     ) -> None:
-        chosen = with_pdl(constants, pdl, self.dependent)
-        extra = {"launch_pdl": True} if pdl and self.dependent else {}
-        limit = {"maxnreg": self.registers} if self.registers else {}
-        options = {**chosen, **extra, **limit, "num_warps": warps, "num_stages": stages}
+        options = self.options(constants, warps, stages, pdl, registers)
         kinds = tuple(arg.dtype if isinstance(arg, Tensor) else type(arg) for arg in args)
         key = kernel, kinds, tuple(options.items())
         self._wanted[key] = lambda: kernel_function(kernel).warmup(*args, grid=grid, **options)
@@ -89,27 +86,6 @@ class WarmLaunch(Launch):
         return f"{len(self._wanted)} kernels compiled in {time.perf_counter() - start:.1f} s, {failed} failed"
 
 
-class CappedLaunch(JitLaunch):
-    """Triton's own way, with no more than so many registers a thread (0: as many as the compiler likes)."""
-
-    def __init__(self, dependent: bool, registers: int) -> None:
-        super().__init__(dependent)
-        self._registers = registers
-
-    def __call__(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
-        warps: int = 4,
-        stages: int = 2,
-        pdl: bool = False,
-    ) -> None:
-        limit = {"maxnreg": self._registers} if self._registers else {}
-        super().__call__(kernel, grid, args, {**constants, **limit}, warps, stages, pdl)
-
-
 @dataclass
 class Case:
     """Something to time.
@@ -118,7 +94,6 @@ class Case:
         run: starts the kernel in the cache of that number.
         caches: how many there are.
         bytes, flops: at least.
-        registers: a limit for a thread; 0: none.
     """
 
     shape: str
@@ -127,7 +102,6 @@ class Case:
     caches: int
     bytes: float = 0.0
     flops: float = 0.0
-    registers: int = 0
 
 
 def ids(values: object, device: torch.device) -> Tensor:
@@ -205,12 +179,12 @@ def prefill_cases(device: torch.device) -> Iterator[Case]:
         for count, past in shapes:
             flops = 4 * heads * dim * (count * past + count * (count + 1) / 2)
             shape = f"prefill {model} {count} after {past}"
-            candidates = [(prefill_tiling(dim, 2), 0)]
+            candidates = [prefill_tiling(dim, 2)]
             if count > 128:
                 others = [(128, 64, 8, 2), (128, 64, 8, 5), (128, 128, 8, 2), (128, 128, 8, 5), (64, 64, 4, 5)]
-                candidates += [(Tiling(*numbers), 0) for numbers in others]
-                candidates += [(Tiling(128, 64, 8, 2), 128), (Tiling(128, 32, 8, 2), 128)]
-            for tiling, registers in dict.fromkeys(candidates):
+                candidates += [Tiling(*numbers) for numbers in others]
+                candidates += [Tiling(128, 64, 8, 2, 128), Tiling(128, 32, 8, 2, 128)]
+            for tiling in dict.fromkeys(candidates):
                 for size in (32, 128) if (model, count) == ("8B", 8192) else (32,):
                     tile = tiling.rows // (heads // kv_heads)
                     step, q, keys, values = paged(device, model, [past + count], [count], 16384, size, tile)
@@ -220,8 +194,9 @@ def prefill_cases(device: torch.device) -> Iterator[Case]:
                     def run(launch: Launch, i: int, caches=caches, step=step, q=q, out=out, tiling=tiling):
                         layer(launch, caches[i], step).prefill(q, step, q.shape[-1] ** -0.5, out, tiling)
 
-                    name = f"{tuple(tiling)}{f' ≤ {registers} registers' if registers else ''}, blocks of {size}"
-                    yield Case(shape, name, run, len(keys), flops=flops, registers=registers)
+                    limit = f" ≤ {tiling.registers} registers" if tiling.registers else ""
+                    name = f"{tuple(tiling[:4])}{limit}, blocks of {size}"
+                    yield Case(shape, name, run, len(keys), flops=flops)
             if past == 0 and device.type == "cuda":
                 q, k, v = (torch.randn(1, n, count, dim, device=device).bfloat16() for n in (heads, kv_heads, kv_heads))
                 for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
@@ -288,7 +263,6 @@ def main() -> None:
             continue
         cases, warm = list(source(device)), WarmLaunch(dependent)
         for case in cases:
-            warm.registers = case.registers
             if not case.candidate.startswith("torch"):
                 case.run(warm, 0)
         if options.dry:
@@ -298,7 +272,7 @@ def main() -> None:
         for case in cases:
             row: dict[str, object] = {"shape": case.shape, "candidate": case.candidate}
             try:
-                row["us"] = took = microseconds(case, CappedLaunch(dependent, case.registers))
+                row["us"] = took = microseconds(case, JitLaunch(dependent))
                 row["rate"] = (case.flops or case.bytes) / took * 1e6
                 row["of_ceiling"] = float(row["rate"]) / (FLOPS if case.flops else READ)
                 rate = f"{row['rate'] / 1e12:7.1f} TFLOP/s" if case.flops else f"{row['rate'] / 1e9:7.0f} GB/s"

@@ -20,7 +20,7 @@ from trtx.builder.tensorrt.network import Network
 from trtx.builder.tensorrt.plan import LOGITS, Bounds, cache_names, network, serialize
 from trtx.converters.checkpoint import CheckpointConfig
 from trtx.converters.errors import UnsupportedError
-from trtx.converters.spec import Kind, Module
+from trtx.converters.spec import Kind, ModelSpec, Module
 from trtx.quantize.formats import DTYPES, FORMATS, Format, Quantization
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.batch import SequenceSlice
@@ -168,10 +168,10 @@ def test_require_lets_pass_what_the_table_has():
     require(FLAVORS["tensorrt"], "9.0", "fp8", "bf16", "bf16")
 
 
-def store_of(name: str) -> WeightStore:
-    """A Llama of one layer with random weights, in a format."""
+def store_of(spec: ModelSpec, name: str, width: int) -> WeightStore:
+    """A model with random weights in a format, whose groups divide `width`."""
     generator = torch.Generator().manual_seed(0)
-    quantization = Quantization(name, FORMATS[name].group_size(128))
+    quantization = Quantization(name, FORMATS[name].group_size(width))
 
     def tensors_of(module: Module) -> Mapping[str, Tensor]:
         if module.kind is Kind.NORM:
@@ -180,8 +180,8 @@ def store_of(name: str) -> WeightStore:
         weight = torch.randn(module.shape, generator=generator) * scale
         return stored(quantization.format_of(module), weight, quantization.group_size)
 
-    tensors = {f"{m.name}.{suffix}": t for m in SPEC.modules() for suffix, t in tensors_of(m).items()}
-    return WeightStore(CheckpointConfig(SPEC, "fp32", quantization), tensors.__getitem__, tensors.__contains__)
+    tensors = {f"{m.name}.{suffix}": t for m in spec.modules() for suffix, t in tensors_of(m).items()}
+    return WeightStore(CheckpointConfig(spec, "fp32", quantization), tensors.__getitem__, tensors.__contains__)
 
 
 def prefill(net: Network, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,7 +198,7 @@ def test_model_computes_and_builds(name):
     In bf16, their distance from the torch op set in fp32 is at most 1.5 times that op set's own in bf16, in the mean
     over the tokens. Engines for both GPUs of CI, one in fp16 and one in bf16.
     """
-    store = store_of(name)
+    store = store_of(SPEC, name, 128)
     ids = torch.randint(96, (24,), generator=torch.Generator().manual_seed(3))
     theirs, ours, nets = {}, {}, {}
     for dtype in ("fp32", "bf16"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from tests.runtime.models import random_model, relative_error
 from tests.tensorrt.interpreter import evaluate
 from tests.tensorrt.models import RTX, UNBUILT
 from tests.tensorrt.test_build import settings
-from tests.tensorrt.test_linears import BOUNDS, LLAMA, largest_errors, stored
+from tests.tensorrt.test_linears import BOUNDS, LLAMA, largest_errors, store_of
 from trtx.builder.build import prepare, write
 from trtx.builder.engine import PLAN, Engine, ParallelMapping
 from trtx.builder.shard import Rank, obstacle
@@ -32,7 +31,7 @@ from trtx.builder.tensorrt.plan import LOGITS, cache_names, network
 from trtx.converters.artifact import Manifest
 from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
 from trtx.converters.errors import UnsupportedError
-from trtx.converters.spec import Kind, ModelSpec, Module
+from trtx.converters.spec import ModelSpec
 from trtx.quantize.formats import FORMATS, Quantization
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.kv_layout import KVLayout
@@ -162,18 +161,7 @@ def test_two_ranks_equal_one(name, tmp_path):
 
 def quantized(name: str) -> WeightStore:
     """A Llama whose vocabulary does not divide, in a format whose groups do."""
-    generator = torch.Generator().manual_seed(0)
-    quantization = Quantization(name, FORMATS[name].group_size(64))
-
-    def tensors_of(module: Module) -> Mapping[str, Tensor]:
-        if module.kind is Kind.NORM:
-            return {"weight": torch.rand(module.shape, generator=generator) + 0.5}
-        scale = 1.0 if module.kind is Kind.EMBEDDING else 1.5 / module.shape[1] ** 0.5
-        weight = torch.randn(module.shape, generator=generator) * scale
-        return stored(quantization.format_of(module), weight, quantization.group_size)
-
-    tensors = {f"{m.name}.{suffix}": t for m in QUANTIZED.modules() for suffix, t in tensors_of(m).items()}
-    return WeightStore(CheckpointConfig(QUANTIZED, "fp32", quantization), tensors.__getitem__, tensors.__contains__)
+    return store_of(QUANTIZED, name, 64)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp8_pc_pt"])
