@@ -84,7 +84,7 @@ class Decoder:
             q, k, v = (ops.clamp(part, -spec.qkv_clip, spec.qkv_clip) for part in (q, k, v))
         if spec.qk_norm == "width":
             q, k = ops.norm(q, w["attn.q_norm"]), ops.norm(k, w["attn.k_norm"])
-        return ops.linear(ops.attend(q, k, v, index, step, self.heads[index]), w["attn.o"])
+        return ops.project(ops.attend(q, k, v, index, step, self.heads[index]), w["attn.o"])
 
     def _latent_attention(self, index: int, h: Value, step: Step) -> Value:
         ops, spec, w = self.ops, self.spec, self.layers[index]
@@ -98,7 +98,7 @@ class Decoder:
             q, k_rope = ops.rope(q, rope, step), ops.rope(k_rope, rope, step)
         latent = ops.norm(latent, w["attn.latent_norm"])
         attended = ops.latent_attention(q, latent, k_rope, w["attn.k_up"], w["attn.v_up"], index, step)
-        return ops.linear(attended, w["attn.o"])
+        return ops.project(attended, w["attn.o"])
 
     def mlp(self, index: int, h: Value) -> Value:
         """[T, H] → [T, H], to be summed over the ranks."""

@@ -60,6 +60,46 @@ class HeadNorm(NamedTuple):
     kind: Literal["rms", "layer", "unit"]
 
 
+class Rotation(NamedTuple):
+    """What is done to a layer's queries and keys before they attend.
+
+    Attributes:
+        tables: cosines and sines, fp32 [positions, dim / 2]; None: no rotation.
+        dim: the first features, which are rotated.
+        norm_last: the norms come after the rotation.
+        query_scaling: (floor, scale); see `converters.spec.QueryScaling`.
+    """
+
+    tables: tuple[Tensor, Tensor] | None = None
+    dim: int = 0
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+    norm_last: bool = False
+    query_scaling: tuple[float, float] | None = None
+
+    @property
+    def angles(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.tables or (None, None)
+
+    def constants(self) -> dict[str, Constant]:
+        """Of kernels that rotate keys."""
+        norm = self.q_norm or _UNCHANGED
+        return {
+            "ROPE": self.dim if self.tables else 0, "NORM": norm.kind if self.q_norm else "none",
+            "NORM_LAST": self.norm_last, "PER_HEAD": norm.weight is not None and norm.weight.dim() == 2,
+            "EPS": float(norm.eps),
+        }  # fmt: skip
+
+    def query_constants(self) -> dict[str, Constant]:
+        """Of kernels that rotate queries."""
+        floor, scale = self.query_scaling or (0.0, 0.0)
+        return {**self.constants(), "FLOOR": float(floor), "SCALE": float(scale)}
+
+
+_UNCHANGED = HeadNorm(None, None, 0.0, "unit")
+_PLAIN = Rotation()
+
+
 class Slopes(NamedTuple):
     """ALiBi on the device: fp32 [heads], and the scale of biases that are rounded to bf16 first (0: they are not)."""
 
@@ -133,62 +173,6 @@ def tiles_of(q_lens: Sequence[int], first: int, tile: int) -> list[tuple[int, in
     return [(index, row) for index in range(first, len(q_lens)) for row in range(0, q_lens[index], tile)]
 
 
-def rotate_and_store(
-    launch: Launch,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rotation: tuple[Tensor, Tensor] | None,
-    rope_dim: int,
-    q_norm: HeadNorm | None,
-    k_norm: HeadNorm | None,
-    norm_after_rope: bool,
-    query_scaling: tuple[float, float] | None,
-    step: AttentionStep,
-    table: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    k_scale: float,
-    v_scale: float,
-) -> Tensor:
-    """Normalize and rotate q [T, H, D] and k [T, KH, D], and put k and v into the cache → q, contiguous.
-
-    Args:
-        q, k, v: views, whose tokens may be a stride apart.
-        rotation: fp32 tables of cosines and sines [positions, rope_dim / 2]; None: no rotation.
-        rope_dim: the first features, which are rotated.
-        query_scaling: (floor, scale); see `converters.spec.QueryScaling`.
-        table: of the layer's KV group.
-        k_scale, v_scale: of an e4m3 cache.
-    """
-    tokens, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    rotated = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    width = power_of_two(dim)
-    block = max(1, min(1024 // width, power_of_two(max(heads, kv_heads))))
-    norm = q_norm or HeadNorm(None, None, 0.0, "unit")
-    key_norm = k_norm or norm
-    floor, scale = query_scaling or (0.0, 0.0)
-    cos, sin = rotation or (None, None)
-    args = (
-        q, k, v, cos, sin, norm.weight, norm.bias, key_norm.weight, key_norm.bias, step.positions, step.sequence, table,
-        rotated, keys, values, float(k_scale), float(v_scale),
-    )  # fmt: skip
-    constants: dict[str, Constant] = {
-        "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "ROPE": rope_dim if rotation else 0,
-        "Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0),
-        "WIDTH": table.shape[1], "BLOCK_SIZE": keys.shape[2],
-        "NORM": norm.kind if q_norm else "none", "NORM_LAST": norm_after_rope,
-        "PER_HEAD": norm.weight is not None and norm.weight.dim() == 2, "EPS": float(norm.eps),
-        "FLOOR": float(floor), "SCALE": float(scale),
-        "BLOCK_HEADS": block, "BLOCK_DIM": width,
-    }  # fmt: skip
-    grid = (tokens, -(-heads // block) + 2 * -(-kv_heads // block))
-    launch("attention.rotate_and_store", grid, args, constants, warps=4, stages=1, pdl=True)
-    return rotated
-
-
 def store_latents(
     launch: Launch, latent: Tensor, k_rope: Tensor, step: AttentionStep, table: Tensor, latents: Tensor
 ) -> None:
@@ -206,11 +190,14 @@ def store_latents(
 def attention(
     launch: Launch,
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     keys: Tensor,
     values: Tensor,
     step: AttentionStep,
     table: Tensor,
     *,
+    rotation: Rotation,
     scale: float,
     window: int | None,
     chunked: bool,
@@ -220,20 +207,24 @@ def attention(
     k_scale: float,
     v_scale: float,
 ) -> Tensor:
-    """q [T, H, D] attends to what is cached of its sequences, up to itself → [T, H * D].
+    """Cache keys and values of a step, and let q attend to what is cached of its sequences, up to itself → [T, H * D].
 
     Tokens that belong to no sequence get zeros, or whatever stood there where they are no decodes.
 
     Args:
-        q: contiguous.
+        q, k, v: [T, H, D] and [T, KH, D], views whose tokens may be a stride apart; normalized and rotated here.
         table: of the layer's KV group.
         scale: of the scores.
         window: positions that a token sees; chunked: from the last multiple of it on.
         sinks: fp32 [H].
         k_scale, v_scale: of an e4m3 cache.
     """
-    layer = CachedAttention(launch, keys, values, table, q.shape[-1], window, chunked, softcap, sinks, alibi, v_scale)
-    return layer.attend(q, step, scale * k_scale)
+    layer = CachedAttention(
+        launch, keys, values, table, q.shape[-1], rotation, window, chunked, softcap, sinks, alibi, k_scale, v_scale
+    )
+    if len(step.tiles):
+        layer.store(k, v, step)
+    return layer.attend(q, (k, v), step, scale * k_scale)
 
 
 def latent_attention(
@@ -248,7 +239,7 @@ def latent_attention(
 ) -> Tensor:
     """q [T, H, rank + rope_dim] attends to latents, whose first `rank` numbers are the value too → [T, H, rank]."""
     layer = CachedAttention(launch, latents, None, table, rank)
-    return layer.attend(q, step, scale).view(len(q), q.shape[1], rank)
+    return layer.attend(q, None, step, scale).view(len(q), q.shape[1], rank)
 
 
 @dataclass(frozen=True)
@@ -265,19 +256,42 @@ class CachedAttention:
     values: Tensor | None
     table: Tensor
     dim: int
+    rotation: Rotation = _PLAIN
     window: int | None = None
     chunked: bool = False
     softcap: float | None = None
     sinks: Tensor | None = None
     alibi: Slopes | None = None
+    k_scale: float = 1.0
     v_scale: float = 1.0
 
-    def attend(self, q: Tensor, step: AttentionStep, scale: float) -> Tensor:
-        """Decodes by one kernel, then the other tokens by another, [T, H * dim]."""
+    def store(self, k: Tensor, v: Tensor, step: AttentionStep) -> None:
+        """Put k and v [T, KH, D] into the cache, but for decodes, which do so themselves."""
+        tokens, heads, dim = k.shape
+        width = power_of_two(dim)
+        block = max(1, min(1024 // width, power_of_two(heads)))
+        norm, (cos, sin) = self.rotation.k_norm or _UNCHANGED, self.rotation.angles
+        args = (
+            k, v, cos, sin, norm.weight, norm.bias, step.positions, step.sequence, self.table, self.keys, self.values,
+            step.decodes, float(self.k_scale), float(self.v_scale),
+        )  # fmt: skip
+        constants: dict[str, Constant] = self.rotation.constants() | {
+            "KV_HEADS": heads, "DIM": dim, "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0),
+            "WIDTH": self.table.shape[1], "BLOCK_SIZE": self.keys.shape[2], "BLOCK_HEADS": block, "BLOCK_DIM": width,
+        }  # fmt: skip
+        grid = (tokens - step.decodes, 2 * -(-heads // block))
+        self.launch("attention.store", grid, args, constants, warps=4, stages=1, pdl=True)
+
+    def attend(self, q: Tensor, new: tuple[Tensor, Tensor] | None, step: AttentionStep, scale: float) -> Tensor:
+        """Decodes by one kernel, then the other tokens by another, [T, H * dim].
+
+        Args:
+            new: keys and values that decodes put into the cache; None: it holds them already.
+        """
         tokens, heads, _ = q.shape
         out = torch.empty((tokens, heads * self.dim), dtype=q.dtype, device=q.device)
         if step.decodes:
-            self.decode(q, step, scale, out)
+            self.decode(q, new, step, scale, out)
         if len(step.tiles):
             self.prefill(q, step, scale, out)
         return out
@@ -285,6 +299,7 @@ class CachedAttention:
     def decode(
         self,
         q: Tensor,
+        new: tuple[Tensor, Tensor] | None,
         step: AttentionStep,
         scale: float,
         out: Tensor,
@@ -302,13 +317,17 @@ class CachedAttention:
             shape = (programs, splits, group)
             partials = torch.empty((*shape, self.dim), dtype=torch.float32, device=q.device)
             extremes = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
+        k, v = new or (None, None)
+        k_norm = self.rotation.k_norm or _UNCHANGED
         args = (
-            q, self.keys, self.values, self.table, step.lengths, self.sinks, self.alibi and self.alibi.slopes, out,
-            partials, extremes, step.counters, float(scale), float(self.v_scale),
+            q, k, v, *self._query_args(), k_norm.weight, k_norm.bias, self.keys, self.values, self.table, step.lengths,
+            self.sinks, self.alibi and self.alibi.slopes, out, partials, extremes, step.counters, float(scale),
+            float(self.k_scale), float(self.v_scale),
         )  # fmt: skip
         rows = power_of_two(group)
         at_once = max(1, min(16, 64 * 32 * tiling.warps // (rows * power_of_two(self.dim))))
         constants = self._constants(q, tiling) | {
+            "K_STRIDE": 0 if k is None else k.stride(0), "V_STRIDE": 0 if v is None else v.stride(0),
             "SPLIT": splits > 1, "AT_LEAST": at_least, "BLOCK_G": rows, "AT_ONCE": at_once,
         }  # fmt: skip
         grid = (step.decodes, programs // step.decodes, splits)
@@ -321,8 +340,8 @@ class CachedAttention:
             tiling = prefill_tiling(self._row, q.element_size(), self.launch.shared_bytes, programs)
         group, chunks = self._groups(q, tiling)
         args = (
-            q, self.keys, self.values, self.table, step.lengths, step.starts, step.tiles, self.sinks,
-            self.alibi and self.alibi.slopes, out, float(scale), float(self.v_scale),
+            q, *self._query_args(), self.keys, self.values, self.table, step.lengths, step.starts, step.tiles,
+            self.sinks, self.alibi and self.alibi.slopes, out, float(scale), float(self.v_scale),
         )  # fmt: skip
         constants = self._constants(q, tiling) | {"TOKENS": tiling.rows // group}
         grid = (self.keys.shape[1] * chunks, len(step.tiles))
@@ -335,6 +354,10 @@ class CachedAttention:
 
     def _sharing(self, q: Tensor) -> int:
         return q.shape[1] // self.keys.shape[1]
+
+    def _query_args(self) -> tuple[Tensor | None, ...]:
+        norm = self.rotation.q_norm or _UNCHANGED
+        return (*self.rotation.angles, norm.weight, norm.bias)
 
     def _groups(self, q: Tensor, tiling: Tiling) -> tuple[int, int]:
         """Query heads in a program, and programs for the query heads of a key head."""
@@ -355,9 +378,9 @@ class CachedAttention:
     def _constants(self, q: Tensor, tiling: Tiling) -> dict[str, Constant]:
         group, chunks = self._groups(q, tiling)
         tail = self._row - self.dim
-        return {
+        return self.rotation.query_constants() | {
             "KV_HEADS": self.keys.shape[1], "SHARING": self._sharing(q), "DIM": self.dim, "TAIL": tail,
-            "WIDTH": self.table.shape[1], "BLOCK_SIZE": self.keys.shape[2],
+            "Q_STRIDE": q.stride(0), "WIDTH": self.table.shape[1], "BLOCK_SIZE": self.keys.shape[2],
             "WINDOW": self.window or 0, "CHUNKED": self.chunked and self.window is not None,
             "CAP": float(self.softcap or 0), "ROUNDED": float(self.alibi.rounded if self.alibi else 0),
             "GROUP": group, "CHUNKS": chunks, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.keys,

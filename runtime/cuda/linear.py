@@ -25,6 +25,7 @@ from trtx.converters.spec import Activation
 from trtx.quantize.formats import E4M3, FORMATS, Format
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
+from trtx.runtime.ops.torch_ops import ResidentNorm
 
 SKINNY, SKINNY_CODES = 64, 16
 """The most tokens that `skinny` multiplies, with weights of 16 and of 8 bits: measured against cuBLAS on an H100."""
@@ -189,14 +190,34 @@ def dense(name: str, weight: Tensor, rows: tuple[int, ...]) -> CudaLinear:
     return resident(name, FORMATS["none"], {"weight": weight}, rows, weight.dtype)
 
 
-def linear(launch: Launch, x: Tensor, w: CudaLinear, out: Tensor | None = None) -> Tensor:
-    """x [M, K] times the weight, plus its bias → [M, N]."""
-    return _linear(launch, x, w, None, out)
+def linear(
+    launch: Launch, x: Tensor, w: CudaLinear, *, norm: ResidentNorm | None = None, add_to: Tensor | None = None
+) -> Tensor:
+    """x [M, K] times the weight, plus its bias → [M, N].
+
+    Args:
+        norm: of x, where `norms` says so.
+        add_to: [M, N], where `adds` says so: the product is added to it, and it is returned.
+    """
+    return _linear(launch, x, w, None, norm, add_to)
 
 
-def gated(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation) -> Tensor:
+def gated(
+    launch: Launch, x: Tensor, w: CudaLinear, activation: Activation, *, norm: ResidentNorm | None = None
+) -> Tensor:
     """act(gate) * up of x [M, K], for a weight whose rows are the gate's and as many of up → [M, N / 2]."""
-    return _linear(launch, x, w, activation, None)
+    return _linear(launch, x, w, activation, norm, None)
+
+
+def norms(x: Tensor, w: CudaLinear, norm: ResidentNorm) -> bool:
+    """Whether the kernel that multiplies x can normalize it first."""
+    plain = norm.norm.kind == "rms" and norm.bias is None and norm.weight.dim() == 1
+    return plain and len(x) == 1 and not w.words and w.rounding is None and w.way.input != "by token"
+
+
+def adds(x: Tensor, w: CudaLinear) -> bool:
+    """Whether what multiplies x can add the product to something."""
+    return len(x) <= _most_tokens(w, x.dtype) or (w.weight.dtype == x.dtype and w.bias is None)
 
 
 def gated_activation(launch: Launch, y: Tensor, activation: Activation) -> Tensor:
@@ -238,33 +259,37 @@ def quantize(launch: Launch, x: Tensor, w: CudaLinear) -> tuple[Tensor, Tensor |
     return codes, None
 
 
-def _linear(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation | None, out: Tensor | None) -> Tensor:
+def _linear(
+    launch: Launch,
+    x: Tensor,
+    w: CudaLinear,
+    activation: Activation | None,
+    norm: ResidentNorm | None,
+    add_to: Tensor | None,
+) -> Tensor:
     x = x.contiguous()
     if w.rounding is not None:
         x = w.rounding.activation(x, w.tensors)
     m, n = len(x), w.out_features // (1 if activation is None else 2)
     if m > _most_tokens(w, x.dtype):
-        y = _product(launch, x, w)
-        if activation is not None:
-            y = gated_activation(launch, y, activation)
-        return y if out is None else out.copy_(y)
-    if out is None:
-        out = x.new_empty(m, n)
+        y = _product(launch, x, w, add_to)
+        return y if activation is None else gated_activation(launch, y, activation)
+    out = x.new_empty(m, n) if add_to is None else add_to
     constants = {"N": n, "K": w.in_features, "SCALE": w.way.scale, **_activation(activation)}
     if w.words:
-        _multiply_words(launch, x, w, out, constants)
+        _multiply_words(launch, x, w, add_to, out, constants)
         return out
     if w.way.input == "by token":
         x, x_scale = quantize(launch, x, w)
         given = "codes"
     else:
         x_scale, given = None, w.way.input
-    operands = (x, w.weight, w.scale, w.scales, w.smooth, x_scale, w.bias, out)
+    operands = (w.weight, w.scale, w.scales, w.smooth, x_scale, w.bias, add_to, out)
     constants["INPUT"] = given
     if m == 1:
-        _gemv(launch, operands, constants, w.weight.itemsize)
+        _gemv(launch, x, norm, operands, constants, w.weight.itemsize)
     else:
-        _skinny(launch, operands, constants, w, m)
+        _skinny(launch, (x, *operands), constants, w, m)
     return out
 
 
@@ -277,7 +302,9 @@ def _most_tokens(w: CudaLinear, dtype: torch.dtype) -> int:
     return SKINNY if w.weight.itemsize > 1 else SKINNY_CODES
 
 
-def _multiply_words(launch: Launch, x: Tensor, w: CudaLinear, out: Tensor, constants: dict[str, Constant]) -> None:
+def _multiply_words(
+    launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None, out: Tensor, constants: dict[str, Constant]
+) -> None:
     """x times a weight in words."""
     assert w.groups is not None
     n, k, parts = out.shape[1], w.in_features, 2 if constants["GATED"] else 1
@@ -287,7 +314,7 @@ def _multiply_words(launch: Launch, x: Tensor, w: CudaLinear, out: Tensor, const
         launch(
             "linear.gemv4",
             (-(-n // rows),),
-            (x, w.weight, w.groups, w.scale, w.smooth, w.bias, out),
+            (x, w.weight, w.groups, w.scale, w.smooth, w.bias, add_to, out),
             {**constants, "INPUT": w.way.input, "ROWS": rows, "WORDS": words},
             warps,
             stages=1,
@@ -302,7 +329,10 @@ def _multiply_words(launch: Launch, x: Tensor, w: CudaLinear, out: Tensor, const
         launch(
             "linear.skinny4",
             (tiles, shape.splits),
-            (some, w.weight, w.groups, w.scale, w.bias, part, _partials(shape, tiles, parts, w), w.counters, len(some)),
+            (
+                some, w.weight, w.groups, w.scale, w.bias, None if add_to is None else part, part,
+                _partials(shape, tiles, parts, w), w.counters, len(some),
+            ),
             {
                 **constants, "BLOCK_M": shape.tokens, "BLOCK_N": shape.rows, "WORDS": shape.block,
                 "SPLITS": shape.splits,
@@ -334,12 +364,27 @@ def skinny4_shape(m: int, n: int, k: int) -> Skinny:
 Operands = tuple[Tensor | None, ...]
 
 
-def _gemv(launch: Launch, operands: Operands, constants: dict[str, Constant], itemsize: int) -> None:
+def _gemv(
+    launch: Launch,
+    x: Tensor,
+    norm: ResidentNorm | None,
+    operands: Operands,
+    constants: dict[str, Constant],
+    itemsize: int,
+) -> None:
     n, k, parts = constants["N"], constants["K"], 2 if constants["GATED"] else 1
     assert isinstance(n, int) and isinstance(k, int)
     rows, block, warps = gemv_shape(n, k, itemsize, parts)
     launch(
-        "linear.gemv", (-(-n // rows),), operands, {**constants, "ROWS": rows, "BLOCK_K": block}, warps, stages=1,
+        "linear.gemv",
+        (-(-n // rows),),
+        (x, norm.weight if norm else None, *operands),
+        {
+            **constants, "ROWS": rows, "BLOCK_K": block, "EPS": norm.norm.eps if norm else 0.0,
+            "BLOCK_X": power_of_two(k) if norm else 0,
+        },
+        warps,
+        stages=1,
         pdl=True,
     )  # fmt: skip
 
@@ -421,9 +466,11 @@ def _partials(shape: Skinny, tiles: int, parts: int, w: CudaLinear) -> Tensor | 
     return w.counters.new_empty(tiles * shape.splits * parts * shape.rows * shape.tokens, dtype=torch.float32)
 
 
-def _product(launch: Launch, x: Tensor, w: CudaLinear) -> Tensor:
+def _product(launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
     """x times the weight, for many tokens."""
     weight, bias, dtype = w.weight, w.bias, x.dtype
+    if add_to is not None:
+        return torch.addmm(add_to, x, weight.t(), out=add_to)
     if weight.dtype == dtype:
         return F.linear(x, weight, bias)
     if w.way.input == "plain" or w.words:

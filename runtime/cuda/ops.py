@@ -8,7 +8,7 @@ in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,11 +18,12 @@ from trtx.converters.spec import Activation, ModelSpec, MoE, Rope
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda import attention, elementwise, linear
 from trtx.runtime.cuda import experts as grouped
-from trtx.runtime.cuda.attention import HeadNorm, Slopes
+from trtx.runtime.cuda.attention import HeadNorm, Rotation, Slopes
+from trtx.runtime.cuda.deferred import Normed, Product, value
 from trtx.runtime.cuda.launch import Launch
 from trtx.runtime.cuda.linear import CudaLinear
 from trtx.runtime.cuda.step import CudaStep
-from trtx.runtime.ops.base import Heads, Mlp
+from trtx.runtime.ops.base import Heads, Mlp, Value
 from trtx.runtime.ops.rotary import frequencies_for
 from trtx.runtime.ops.torch_ops import ResidentLinear, ResidentNorm, TorchOps
 
@@ -106,25 +107,47 @@ class CudaOps(TorchOps):
     def embed(self, step: Any, table: Tensor, scale: float = 1.0) -> Tensor:
         return elementwise.embed(self.launch, step.token_ids, table, scale)
 
-    def norm(self, x: Tensor, weight: ResidentNorm) -> Tensor:
-        return elementwise.norm(self.launch, x, weight)
+    def norm(self, x: Value, weight: ResidentNorm) -> Tensor:
+        return elementwise.norm(self.launch, value(x), weight)
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, weight: ResidentNorm) -> tuple[Tensor, Tensor]:
-        return elementwise.add_norm(self.launch, x, delta, weight)
+    def add_norm(self, x: Value, delta: Value | None, weight: ResidentNorm) -> tuple[Tensor, Value]:
+        x = value(x)
+        if isinstance(delta, Product) and linear.adds(delta.x, delta.weight):
+            x, delta = delta.added(x), None
+        if delta is not None:
+            return elementwise.add_norm(self.launch, x, value(delta), weight)
+        return x, Normed(self.launch, x, weight)
 
-    def linear(self, x: Tensor, weight: CudaLinear | ResidentLinear) -> Tensor:
+    def add(self, a: Value, b: Value | float) -> Tensor:
+        if isinstance(b, Product):
+            return b.added(value(a))
+        return super().add(value(a), value(b))
+
+    def mul(self, a: Value, b: Value | float) -> Tensor:
+        return super().mul(value(a), value(b))
+
+    def linear(self, x: Value, weight: CudaLinear | ResidentLinear) -> Tensor:
         if isinstance(weight, ResidentLinear):
-            return super().linear(x, weight)
-        return linear.linear(self.launch, x, weight)
+            return super().linear(value(x), weight)
+        if isinstance(x, Normed) and linear.norms(x.x, weight, x.norm):
+            return linear.linear(self.launch, x.x, weight, norm=x.norm)
+        return linear.linear(self.launch, value(x), weight)
+
+    def project(self, x: Tensor, weight: CudaLinear) -> Product:
+        return Product(self.launch, x, weight)
 
     def split(self, y: Tensor, weight: Any) -> Sequence[Tensor]:
         return y.split(weight.rows, dim=-1)
 
-    def mlp(self, x: Tensor, weights: Mlp, activation: Activation) -> Tensor:
+    def mlp(self, x: Value, weights: Mlp, activation: Activation) -> Value:
         group = weights.gate_up
-        if len(group) == 1 and len(group[0].rows) == 2:
-            return self.linear(linear.gated(self.launch, x, group[0], activation), weights.down)
-        return super().mlp(x, weights, activation)
+        if len(group) != 1 or len(group[0].rows) != 2:
+            return super().mlp(x, weights, activation)
+        if isinstance(x, Normed) and linear.norms(x.x, group[0], x.norm):
+            y = linear.gated(self.launch, x.x, group[0], activation, norm=x.norm)
+        else:
+            y = linear.gated(self.launch, value(x), group[0], activation)
+        return self.project(y, weights.down)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Tensor:
         cache, spec = step.cache, self.spec
@@ -132,31 +155,24 @@ class CudaOps(TorchOps):
         table = step.attention.tables[cache.group(layer)]
         k_scale, v_scale = cache.scales(layer)
         q, k, v = (part.unflatten(-1, (-1, heads.size)) for part in (q, k, v))
-        rotated = attention.rotate_and_store(
+        rotation = Rotation(
+            tables=self.rotation(heads.rope) if heads.rope else None,
+            dim=heads.rope.dim if heads.rope else 0,
+            q_norm=_head_norm(heads.q_norm, heads.unit_eps),
+            k_norm=_head_norm(heads.k_norm, heads.unit_eps),
+            norm_last=heads.unit_eps is not None,
+            query_scaling=(heads.scaling.floor, heads.scaling.scale) if heads.scaling else None,
+        )
+        return attention.attention(
             self.launch,
             q,
             k,
             v,
-            rotation=self.rotation(heads.rope) if heads.rope else None,
-            rope_dim=heads.rope.dim if heads.rope else 0,
-            q_norm=_head_norm(heads.q_norm, heads.unit_eps),
-            k_norm=_head_norm(heads.k_norm, heads.unit_eps),
-            norm_after_rope=heads.unit_eps is not None,
-            query_scaling=(heads.scaling.floor, heads.scaling.scale) if heads.scaling else None,
-            step=step.attention,
-            table=table,
-            keys=keys,
-            values=values,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
-        return attention.attention(
-            self.launch,
-            rotated,
             keys,
             values,
             step.attention,
             table,
+            rotation=rotation,
             scale=spec.attention_scale_of(layer),
             window=spec.windows[layer],
             chunked=spec.chunked,
@@ -181,20 +197,24 @@ class CudaOps(TorchOps):
         scale, rank = self.spec.attention_scale_of(layer), latent.shape[-1]
         return attention.latent_attention(self.launch, q, latents, step.attention, table, scale=scale, rank=rank)
 
-    def route(self, x: Tensor, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
-        return grouped.route(self.launch, x, router, correction, moe)
+    def route(self, x: Value, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
+        return grouped.route(self.launch, value(x), router, correction, moe)
 
     def experts(
-        self, x: Tensor, routing: tuple[Tensor, Tensor], experts: Any, activation: Activation, weighs_input: bool
+        self, x: Value, routing: tuple[Tensor, Tensor], experts: Any, activation: Activation, weighs_input: bool
     ) -> Tensor:
         """Weights of quantized experts are dequantized when they are loaded, and their inputs are not rounded."""
         biases = experts.gate_up_bias, experts.down_bias
         return grouped.experts(
-            self.launch, x, *routing, experts.gate_up, experts.down, biases, activation, weighs_input
+            self.launch, value(x), *routing, experts.gate_up, experts.down, biases, activation, weighs_input
         )
 
-    def rows(self, x: Tensor, step: Any) -> Tensor:
-        return x if step.rows is None else x.index_select(0, step.rows)
+    def rows(self, x: Value, step: Any) -> Value:
+        if step.rows is None:
+            return x
+        if isinstance(x, Product):
+            return replace(x, x=x.x.index_select(0, step.rows))
+        return value(x).index_select(0, step.rows)
 
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin of every position, [max_positions, rope.dim / 2] in fp32."""

@@ -182,10 +182,10 @@ class Steps:
 
     def _on_its_way(self, count: int) -> Tensor:
         """Where the chosen tokens of the first `count` rows will stand on the host."""
-        host = self._host[self._turn][:, :count]
+        host = self._host[self._turn]
         self._turn = (self._turn + 1) % len(self._host)
-        host.copy_(self._chosen[:, :count], non_blocking=True)
-        return host
+        host.copy_(self._chosen, non_blocking=True)  # whole: a part is not contiguous, and the host would wait for it
+        return host[:, :count]
 
     def _read(self, chosen: Tensor, ticket: Ticket) -> list[Sampled]:
         tokens, finite = chosen.tolist()

@@ -18,79 +18,73 @@ UNSEEN = tl.constexpr(-1e30)
 
 
 @triton.jit
-def rotate_and_store(
-    q, k, v, cos, sin, q_weight, q_bias, k_weight, k_bias, positions, sequence, table, rotated, keys, values,
-    k_scale, v_scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr,
-    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+def store(
+    k, v, cos, sin, k_weight, k_bias, positions, sequence, table, keys, values, first, k_scale, v_scale,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
-    FLOOR: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Normalize and rotate queries and keys, and put keys and values into the cache.
+    """Put the values of tokens, and their keys, normalized and rotated, into the cache.
 
-    A program takes one token and BLOCK_HEADS heads of its queries, its keys or its values.
+    A program takes one token and BLOCK_HEADS heads of its keys or its values.
 
     Args:
-        q, k, v: [T, heads, DIM], tokens a stride apart.
+        k, v: [T, KV_HEADS, DIM], tokens a stride apart.
         cos, sin: [positions, ROPE / 2] fp32, or None.
-        q_weight, q_bias, k_weight, k_bias: of the norms, [DIM] or (PER_HEAD) [heads, DIM], or None.
+        k_weight, k_bias: of the norm, [DIM] or (PER_HEAD) [KV_HEADS, DIM], or None.
         positions, sequence: [T]; nothing is stored for a token of sequence -1.
         table: [sequences, WIDTH], the block of each BLOCK_SIZE positions.
-        rotated: [T, HEADS, DIM].
         keys, values: the cache; in e4m3 what is stored is divided by its scale.
+        first: the token to begin with.
         NORM: 'none', 'rms', 'layer', or 'unit' (RMSNorm without a weight); NORM_LAST: after the rotation.
-        FLOOR, SCALE: of `converters.spec.QueryScaling`; a floor of 0: none.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
+    token = (first + tl.program_id(0)).to(tl.int64)
+    parts: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     part = tl.program_id(1)
-    query_parts: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    key_parts: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     dims = tl.arange(0, BLOCK_DIM)[None, :]
+    heads = (part % parts * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
+    inside = (heads < KV_HEADS) & (dims < DIM)
     position = tl.load(positions + token)
-    if part < query_parts:
-        heads = (part * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
-        inside = (heads < HEADS) & (dims < DIM)
+    owner = tl.load(sequence + token)
+    places = _places(table + owner * WIDTH, position, heads, owner >= 0, KV_HEADS, BLOCK_SIZE, DIM) + dims
+    if part < parts:
         x = _normed_and_rotated(
-            q + token * Q_STRIDE, q_weight, q_bias, cos, sin, position, heads, dims, inside,
+            k + token * K_STRIDE + heads * DIM, k_weight, k_bias, cos, sin, position, heads, dims, inside,
             DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
         )  # fmt: skip
-        if FLOOR > 0:
-            x *= 1 + SCALE * tl.log(1 + tl.floor((position + 1).to(tl.float32) / FLOOR))
-        tl.store(rotated + (token * HEADS + heads) * DIM + dims, x.to(rotated.dtype.element_ty), inside)
+        tl.store(keys + places, _stored(x, k_scale, keys.dtype.element_ty), inside & (owner >= 0))
     else:
-        owner = tl.load(sequence + token)
-        known = owner >= 0
-        block = tl.load(table + owner * WIDTH + position // BLOCK_SIZE, known, other=0)
-        is_key = part < query_parts + key_parts
-        first = tl.where(is_key, part - query_parts, part - query_parts - key_parts) * BLOCK_HEADS
-        heads = (first + tl.arange(0, BLOCK_HEADS))[:, None]
-        inside = (heads < KV_HEADS) & (dims < DIM)
-        rows = (block * KV_HEADS + heads) * BLOCK_SIZE + position % BLOCK_SIZE
-        places = rows.to(tl.int64) * DIM + dims
-        if is_key:
-            x = _normed_and_rotated(
-                k + token * K_STRIDE, k_weight, k_bias, cos, sin, position, heads, dims, inside,
-                DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
-            )  # fmt: skip
-            tl.store(keys + places, _stored(x, k_scale, keys.dtype.element_ty), inside & known)
-        else:
-            x = tl.load(v + token * V_STRIDE + heads * DIM + dims, inside, other=0.0).to(tl.float32)
-            tl.store(values + places, _stored(x, v_scale, values.dtype.element_ty), inside & known)
+        x = tl.load(v + token * V_STRIDE + heads * DIM + dims, inside, other=0.0).to(tl.float32)
+        tl.store(values + places, _stored(x, v_scale, values.dtype.element_ty), inside & (owner >= 0))
+
+
+@triton.jit
+def _places(
+    table, position, heads, known, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """Where the cache keeps a position of heads, of a sequence whose blocks `table` points at."""
+    block = tl.load(table + position // BLOCK_SIZE, known, other=0)
+    return ((block * KV_HEADS + heads) * BLOCK_SIZE + position % BLOCK_SIZE).to(tl.int64) * DIM
 
 
 @triton.jit
 def _normed_and_rotated(
-    x, weight, bias, cos, sin, position, heads, dims, inside,
+    rows, weight, bias, cos, sin, position, heads, dims, inside,
     DIM: tl.constexpr, ROPE: tl.constexpr,
     NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Heads of one token, [heads, dims] in fp32. Each feature and the one that it is rotated with are both loaded."""
-    y = tl.load(x + heads * DIM + dims, inside, other=0.0).to(tl.float32)
+    """Heads [rows, dims] in fp32. Each feature and the one that it is rotated with are both loaded.
+
+    Args:
+        rows: [rows, 1], where each begins.
+        position: of all rows, or [rows, 1].
+        heads: [rows, 1], which head each is.
+    """
+    y = tl.load(rows + dims, inside, other=0.0).to(tl.float32)
     shift = 0.0
     factor = 1.0
     if NORM != "none" and not NORM_LAST:
@@ -99,12 +93,12 @@ def _normed_and_rotated(
     if ROPE:
         half: tl.constexpr = ROPE // 2
         partners = tl.where(dims < half, dims + half, tl.where(dims < ROPE, dims - half, dims))
-        other = tl.load(x + heads * DIM + partners, inside, other=0.0).to(tl.float32)
+        other = tl.load(rows + partners, inside, other=0.0).to(tl.float32)
         if NORM != "none" and not NORM_LAST:
             other = _scaled(other, shift, factor, weight, bias, heads, partners, inside, DIM, PER_HEAD)
         angles = position * half + tl.where(dims < half, dims, dims - half)
-        c = tl.load(cos + angles, dims < ROPE, other=1.0)
-        s = tl.load(sin + angles, dims < ROPE, other=0.0)
+        c = tl.load(cos + angles, inside & (dims < ROPE), other=1.0)
+        s = tl.load(sin + angles, inside & (dims < ROPE), other=0.0)
         y = y * c + other * tl.where(dims < half, -s, s)
     if NORM != "none" and NORM_LAST:
         shift, factor = _statistics(y, inside, DIM, NORM, EPS)
@@ -169,21 +163,27 @@ def store_latents(
 
 @triton.jit
 def decode(
-    q, keys, values, table, lengths, sinks, slopes, out, partials, extremes, counters, scale, v_scale,
+    q, k, v, cos, sin, q_weight, q_bias, k_weight, k_bias, keys, values, table, lengths, sinks, slopes, out,
+    partials, extremes, counters, scale, k_scale, v_scale,
     KV_HEADS: tl.constexpr, SHARING: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, ROPE: tl.constexpr,
+    NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
+    FLOOR: tl.constexpr, SCALE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CHUNKED: tl.constexpr, CAP: tl.constexpr, ROUNDED: tl.constexpr,
     GROUP: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, AT_LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, AT_ONCE: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_TAIL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The last token of each sequence attends to all that is cached of it.
+    """The last token of each sequence attends to all that is cached of it, and to itself.
 
     A program takes one sequence, GROUP query heads that share a key head, and with SPLIT an equal share of the keys
-    (Flash-Decoding: Dao et al. 2023). The share that is ready last adds all of them up, in their order.
+    (Flash-Decoding: Dao et al. 2023). The share that is ready last adds all of them up, in their order. Before,
+    the programs of the last share put the token's own key and value into the cache, the same if they share a key head.
 
     Args:
-        q: [sequences, heads, DIM + TAIL].
+        q: [sequences, heads, DIM + TAIL], sequences a stride apart; normalized and rotated here.
+        k, v: [sequences, KV_HEADS, DIM], as in `store`, with what follows; None: they are in the cache already.
         table: [sequences, WIDTH]; lengths: [sequences], 0: nothing is there, and the output is 0.
         sinks: [heads] fp32, or None.
         slopes: of ALiBi, [heads] fp32, or None; with a ROUNDED scale of the bias, which is rounded to bf16 first.
@@ -192,8 +192,9 @@ def decode(
             [sequences, KV_HEADS * CHUNKS, shares, 2, GROUP] fp32, the largest score and the sum; None without SPLIT.
         counters: [sequences * KV_HEADS * CHUNKS], 0 before and after.
         scale: of the scores, the keys' scale included.
-        v_scale: of the values.
+        k_scale, v_scale: of the cache.
         SHARING: query heads a key head.
+        FLOOR, SCALE: of `converters.spec.QueryScaling`; a floor of 0: none.
         AT_LEAST: tiles in a share; fewer shares than programs are made of short sequences.
         BLOCK_G, AT_ONCE: rows of GROUP, and shares, that are added up at once.
         WINDOW: positions seen; 0: all. CHUNKED: from its last multiple on. CAP: of the scores; 0: none.
@@ -223,9 +224,26 @@ def decode(
         begin += share * share_tiles * BLOCK_N
         end = tl.minimum(begin + share_tiles * BLOCK_N, length)
 
-    queries = (sequence * KV_HEADS * SHARING + heads).to(tl.int64) * (DIM + TAIL)
-    x = _queries(q, queries, present, keys.dtype.element_ty, DIM, BLOCK_DIM)
-    tail = _queries(q + DIM, queries, present, keys.dtype.element_ty, TAIL, BLOCK_TAIL) if TAIL else None
+    if k is not None:
+        if (end == length) & (length > 0):
+            dims = tl.arange(0, BLOCK_DIM)[None, :]
+            one = tl.full([1, 1], 0, tl.int32) + head
+            place = _places(table + sequence * WIDTH, length - 1, one, True, KV_HEADS, BLOCK_SIZE, DIM) + dims
+            key = _normed_and_rotated(
+                k + sequence.to(tl.int64) * K_STRIDE + one * DIM, k_weight, k_bias, cos, sin, length - 1, one, dims,
+                dims < DIM, DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
+            )  # fmt: skip
+            tl.store(keys + place, _stored(key, k_scale, keys.dtype.element_ty), dims < DIM)
+            value = tl.load(v + sequence.to(tl.int64) * V_STRIDE + one * DIM + dims, dims < DIM, other=0.0)
+            tl.store(values + place, _stored(value.to(tl.float32), v_scale, values.dtype.element_ty), dims < DIM)
+        tl.debug_barrier()  # all of it is stored before any of it is read
+
+    query = q + sequence.to(tl.int64) * Q_STRIDE + heads[:, None] * (DIM + TAIL)
+    x = _queries(
+        query, q_weight, q_bias, cos, sin, tl.maximum(length - 1, 0), heads[:, None], present[:, None],
+        keys.dtype.element_ty, DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS, FLOOR, SCALE, BLOCK_DIM,
+    )  # fmt: skip
+    tail = _tails(query + DIM, present[:, None], keys.dtype.element_ty, TAIL, BLOCK_TAIL) if TAIL else None
     slope = tl.load(slopes + heads, present, other=0.0) if slopes is not None else None
     peak = tl.full([BLOCK_M], UNSEEN, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -264,8 +282,11 @@ def decode(
 
 @triton.jit
 def prefill(
-    q, keys, values, table, lengths, starts, tiles, sinks, slopes, out, scale, v_scale,
+    q, cos, sin, q_weight, q_bias, keys, values, table, lengths, starts, tiles, sinks, slopes, out, scale, v_scale,
     KV_HEADS: tl.constexpr, SHARING: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
+    Q_STRIDE: tl.constexpr, ROPE: tl.constexpr,
+    NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
+    FLOOR: tl.constexpr, SCALE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CHUNKED: tl.constexpr, CAP: tl.constexpr, ROUNDED: tl.constexpr,
     GROUP: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr,
@@ -279,7 +300,7 @@ def prefill(
     Args:
         starts: [sequences + 1], the first new token of each among all, [T].
         tiles: [N, 2], a sequence (-1: nothing to do) and the first token of the tile among its new ones.
-        q, out: [T, heads, …]; the other arguments are those of `decode`.
+        q, out: [T, heads, …]; the other arguments are those of `decode`, but all keys are in the cache.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -301,8 +322,12 @@ def prefill(
     present &= (rows < TOKENS * GROUP) & (token < count)
     seen = past + token
     place = ((first_token + token) * (KV_HEADS * SHARING) + heads).to(tl.int64)
-    x = _queries(q, place * (DIM + TAIL), present, keys.dtype.element_ty, DIM, BLOCK_DIM)
-    tail = _queries(q + DIM, place * (DIM + TAIL), present, keys.dtype.element_ty, TAIL, BLOCK_TAIL) if TAIL else None
+    query = q + ((first_token + token).to(tl.int64) * Q_STRIDE + heads * (DIM + TAIL))[:, None]
+    x = _queries(
+        query, q_weight, q_bias, cos, sin, seen[:, None], heads[:, None], present[:, None],
+        keys.dtype.element_ty, DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS, FLOOR, SCALE, BLOCK_DIM,
+    )  # fmt: skip
+    tail = _tails(query + DIM, present[:, None], keys.dtype.element_ty, TAIL, BLOCK_TAIL) if TAIL else None
     slope = tl.load(slopes + heads, present, other=0.0) if slopes is not None else None
     peak = tl.full([BLOCK_M], UNSEEN, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -362,16 +387,34 @@ def _first_seen(position, WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
 
 
 @triton.jit
-def _queries(q, places, present, cached: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """SIZE numbers from each of `places` on, [rows, BLOCK], 0 beyond what there is.
+def _queries(
+    rows, weight, bias, cos, sin, position, heads, present, cached: tl.constexpr,
+    DIM: tl.constexpr, ROPE: tl.constexpr,
+    NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
+    FLOOR: tl.constexpr, SCALE: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Queries that begin at `rows`, normalized, rotated and scaled, to multiply `cached` numbers; see `_fit`."""
+    dims = tl.arange(0, BLOCK_DIM)[None, :]
+    x = _normed_and_rotated(
+        rows, weight, bias, cos, sin, position, heads, dims, present & (dims < DIM),
+        DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
+    )  # fmt: skip
+    if FLOOR > 0:
+        x *= 1 + SCALE * tl.log(1 + tl.floor((position + 1).to(tl.float32) / FLOOR))
+    return _fit(x.to(rows.dtype.element_ty), cached)
 
-    To multiply them with `cached` numbers, e4m3 becomes fp16 in one instruction and bf16 in several: fp16 then.
-    """
+
+@triton.jit
+def _tails(rows, present, cached: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """SIZE numbers from each of `rows` on, as they are, [rows, BLOCK]."""
     dims = tl.arange(0, BLOCK)[None, :]
-    x = tl.load(q + places[:, None] + dims, present[:, None] & (dims < SIZE), other=0.0)
-    if cached == tl.float8e4nv and x.dtype == tl.bfloat16:
-        x = x.to(tl.float16)
-    return x
+    return _fit(tl.load(rows + dims, present & (dims < SIZE), other=0.0), cached)
+
+
+@triton.jit
+def _fit(x, cached: tl.constexpr):
+    """x in the dtype that it multiplies `cached` numbers in: e4m3 becomes fp16 in one instruction, bf16 in several."""
+    return x.to(tl.float16) if cached == tl.float8e4nv and x.dtype == tl.bfloat16 else x
 
 
 @triton.jit

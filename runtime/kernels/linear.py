@@ -121,13 +121,32 @@ def _finished(
 
 
 @triton.jit
+def _norm_factor(x, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / the root mean square of x [K]."""
+    v = _vector(x, tl.arange(0, BLOCK), K, K == BLOCK)
+    return tl.rsqrt(tl.sum(v * v, 0) / K + EPS)
+
+
+@triton.jit
+def _normed(x, factor, norm, k, K: tl.constexpr, WHOLE: tl.constexpr):
+    """Elements k of x in fp32; with a `norm`, multiplied with its factor and weight, and rounded to x's dtype."""
+    v = _vector(x, k, K, WHOLE)
+    if norm is not None:
+        v = (v * factor * _vector(norm, k, K, WHOLE)).to(x.dtype.element_ty).to(tl.float32)
+    return v
+
+
+@triton.jit
 def gemv(
-    x, weight, scale, scales, smooth, x_scale, bias, out,
+    x, norm, weight, scale, scales, smooth, x_scale, bias, residual, out,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    EPS: tl.constexpr, BLOCK_X: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N] = x [K] times weight [N, K] (gated: [2N, K]) of a float dtype, e4m3 or int8; ROWS outputs a program.
+
+    norm: the weight [K] of an RMSNorm of x that comes first; residual: [N], added in the end. Either may be None.
 
     The weight's first block is on its way while the kernel before still runs. (More of it, fetched into the L2 cache
     meanwhile, made an H100 slower.)
@@ -145,7 +164,11 @@ def gemv(
         tl.extra.cuda.gdc_wait()
 
     WHOLE: tl.constexpr = K % BLOCK_K == 0
-    v = _multiplied(_vector(x, k, K, WHOLE), smooth, inverse, k, K, INPUT, WHOLE)
+    inside = row < N
+    if residual is not None:
+        added = tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
+    factor = _norm_factor(x, K, EPS, BLOCK_X) if norm is not None else 1.0
+    v = _multiplied(_normed(x, factor, norm, k, K, WHOLE), smooth, inverse, k, K, INPUT, WHOLE)
     sums = w.to(tl.float32) * v[None, :]
     if GATED:
         up_sums = u.to(tl.float32) * v[None, :]
@@ -154,16 +177,17 @@ def gemv(
         w = _block(tile + start, row, at, N, K, ROWS, BLOCK_K)
         if GATED:
             u = _block(tile + N * K + start, row, at, N, K, ROWS, BLOCK_K)
-        v = _multiplied(_vector(x, at, K, WHOLE), smooth, inverse, at, K, INPUT, WHOLE)
+        v = _multiplied(_normed(x, factor, norm, at, K, WHOLE), smooth, inverse, at, K, INPUT, WHOLE)
         sums += w.to(tl.float32) * v[None, :]
         if GATED:
             up_sums += u.to(tl.float32) * v[None, :]
 
-    inside = row < N
     y = _finished(tl.sum(sums, 1), row, 0, inside, scale, scales, x_scale, bias, INPUT, SCALE)
     if GATED:
         up = _finished(tl.sum(up_sums, 1), N + row, 0, inside, scale, scales, x_scale, bias, INPUT, SCALE)
         y = _gate(y, up, KIND, LIMIT, OFFSET)
+    if residual is not None:
+        y += added
     tl.store(out + row, y, mask=inside)
 
 
@@ -175,7 +199,7 @@ def _cast(w, DTYPE: tl.constexpr):
 
 @triton.jit
 def skinny(
-    x, weight, scale, scales, smooth, x_scale, bias, out, partials, counters, M,
+    x, weight, scale, scales, smooth, x_scale, bias, residual, out, partials, counters, M,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
@@ -183,7 +207,7 @@ def skinny(
     """out [M, N] = x [M, K] times weight [N, K] (gated: [2N, K]), M up to BLOCK_M; BLOCK_N outputs a program.
 
     The weight is the left operand: tensor cores want 64 of its rows, and few tokens fit any number of columns. SPLITS
-    programs share the K of a tile; see `_reduced`.
+    programs share the K of a tile; see `_reduced`. residual: [M, N], added in the end, or None.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -219,7 +243,7 @@ def skinny(
             u = _block(tile + N * K + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
             up_sums = tl.dot(_cast(u, MULTIPLIED), v, up_sums, max_num_imprecise_acc=BLOCK_K)
     _reduced(
-        sums, up_sums, row, scale, scales, x_scale, bias, out, partials, counters, M,
+        sums, up_sums, row, scale, scales, x_scale, bias, residual, out, partials, counters, M,
         N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
     )  # fmt: skip
 
@@ -296,7 +320,7 @@ def _word_products(
 
 @triton.jit
 def gemv4(
-    x, weight, groups, scale, smooth, bias, out,
+    x, weight, groups, scale, smooth, bias, residual, out,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     CODES: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
@@ -334,6 +358,8 @@ def gemv4(
     if GATED:
         up = _finished(tl.sum(up_sums, 1) * FACTOR, N + row, 0, inside, scale, None, None, bias, INPUT, SCALE)
         y = _gate(y, up, KIND, LIMIT, OFFSET)
+    if residual is not None:
+        y += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row, y, mask=inside)
 
 
@@ -351,7 +377,7 @@ def _value(weight, groups, NIBBLE: tl.constexpr, inside, CODES: tl.constexpr, GR
 
 @triton.jit
 def skinny4(
-    x, weight, groups, scale, bias, out, partials, counters, M,
+    x, weight, groups, scale, bias, residual, out, partials, counters, M,
     N: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
@@ -387,14 +413,14 @@ def skinny4(
                 up = _value(u, group + N * (K // GROUP), nibble, inside, CODES, GROUP)
                 up_sums = tl.dot(up.to(DTYPE), v, up_sums)
     _reduced(
-        sums, up_sums, row, scale, None, None, bias, out, partials, counters, M,
+        sums, up_sums, row, scale, None, None, bias, residual, out, partials, counters, M,
         N, "plain", SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
     )  # fmt: skip
 
 
 @triton.jit
 def _reduced(
-    sums, up_sums, row, scale, scales, x_scale, bias, out, partials, counters, M,
+    sums, up_sums, row, scale, scales, x_scale, bias, residual, out, partials, counters, M,
     N: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
@@ -405,7 +431,7 @@ def _reduced(
     """
     if SPLITS == 1:
         _write(
-            sums, up_sums, row, scale, scales, x_scale, bias, out, M,
+            sums, up_sums, row, scale, scales, x_scale, bias, residual, out, M,
             N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M,
         )  # fmt: skip
     else:
@@ -428,14 +454,14 @@ def _reduced(
                     up_sums += tl.load(shares + split * EACH + SIZE, cache_modifier=".cg")
             tl.store(counters + tl.program_id(0), 0)
             _write(
-                sums, up_sums, row, scale, scales, x_scale, bias, out, M,
+                sums, up_sums, row, scale, scales, x_scale, bias, residual, out, M,
                 N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M,
             )  # fmt: skip
 
 
 @triton.jit
 def _write(
-    sums, up_sums, row, scale, scales, x_scale, bias, out, M,
+    sums, up_sums, row, scale, scales, x_scale, bias, residual, out, M,
     N: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -446,6 +472,8 @@ def _write(
     if GATED:
         up = _finished(up_sums, N + n, token, inside, scale, scales, x_scale, bias, INPUT, SCALE)
         y = _gate(y, up, KIND, LIMIT, OFFSET)
+    if residual is not None:
+        y += tl.load(residual + m * N + n, mask=inside & (m < M), other=0.0).to(tl.float32)
     tl.store(out + m * N + n, y, mask=inside & (m < M))
 
 

@@ -219,6 +219,10 @@ class Ops(ABC):
         """Several linears that read the same input; `group` is what `load_linear` made of each, or of all fused."""
         return [part for weight in group for part in self.split(self.linear(x, weight), weight)]
 
+    def project(self, x: Value, weight: Value) -> Value:
+        """`linear`, whose output goes to the residual stream: an op set may put it off until it is added there."""
+        return self.linear(x, weight)
+
     def attend(self, q: Value, k: Value, v: Value, layer: int, step: Step, heads: Heads) -> Value:
         """From projections [T, heads * size] of queries, keys and values to `attention`'s output."""
         q, k, v = (self.heads(part, heads.size) for part in (q, k, v))
@@ -242,14 +246,14 @@ class Ops(ABC):
         """[T, H] → [T, H], summed over ranks by the caller; see `converters.spec.Activation`."""
         *gates, up = self.linears(x, weights.gate_up)
         if not gates:
-            return self.linear(self.activation(up, activation.kind), weights.down)
+            return self.project(self.activation(up, activation.kind), weights.down)
         (gate,) = gates
         if activation.limit is not None:
             gate = self.clamp(gate, None, activation.limit)
             up = self.clamp(up, -activation.limit, activation.limit)
         if activation.offset:
             up = self.add(up, activation.offset)
-        return self.linear(self.mul(self.activation(gate, activation.kind), up), weights.down)
+        return self.project(self.mul(self.activation(gate, activation.kind), up), weights.down)
 
     def soft_cap(self, x: Value, cap: float) -> Value:
         """cap * tanh(x / cap)."""

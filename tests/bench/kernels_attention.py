@@ -1,6 +1,6 @@
 """Attention kernels on one GPU: candidates of tiles and splits beside each other, as tables.
 
-    python tests/bench/kernels_attention.py [--out FILE.json] [--only decode|prefill|rotate] [--dry]
+    python tests/bench/kernels_attention.py [--out FILE.json] [--only decode|prefill|store] [--dry]
 
 A time is that of one launch in a CUDA graph of many, the median of its replays; launches take turns in caches that
 together are larger than the L2 cache. What is read or computed at least, over that time, is compared with what the
@@ -15,7 +15,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trtx.runtime.cuda.attention import (
     AttentionStep,
     CachedAttention,
+    Rotation,
     Tiling,
     decode_tiling,
     prefill_tiling,
-    rotate_and_store,
     tiles_of,
 )
 from trtx.runtime.cuda.launch import Argument, Constant, JitLaunch, Launch, kernel_function
@@ -51,7 +52,7 @@ DECODES = {
 PREFILLS = {"8B": [(8192, 0), (2048, 0), (128, 0), (512, 7680)], "1B": [(2048, 0)], "135M": [(512, 0)]}
 """New tokens, and those before them."""
 
-ROTATIONS = {"8B": [1, 256, 8192], "135M": [1]}
+STORES = {"8B": [256, 8192], "135M": [256]}
 """Tokens."""
 
 
@@ -135,20 +136,28 @@ def paged(
         decodes=decodes,
         counters=torch.zeros(len(lengths) * heads, dtype=torch.int32, device=device),
     )
-    q = torch.randn((tokens, heads, dim), dtype=torch.bfloat16, device=device)
+    q = torch.randn((tokens, heads + 2 * kv_heads, dim), dtype=torch.bfloat16, device=device)
     return step, q, keys, values
 
 
-def layer(launch: Launch, cache: tuple[Tensor, Tensor], step: AttentionStep) -> CachedAttention:
-    keys, values = cache
-    return CachedAttention(launch, keys, values, step.tables[0], keys.shape[-1])
+@cache
+def rotation(dim: int, device: torch.device) -> Rotation:
+    angles = torch.rand(16384, dim // 2, device=device)
+    return Rotation((angles.cos(), angles.sin()), dim)
+
+
+def layer(launch: Launch, cached: tuple[Tensor, Tensor], step: AttentionStep) -> CachedAttention:
+    keys, values = cached
+    dim = keys.shape[-1]
+    return CachedAttention(launch, keys, values, step.tables[0], dim, rotation(dim, keys.device))
 
 
 def decode_cases(device: torch.device) -> Iterator[Case]:
     for model, shapes in DECODES.items():
         heads, kv_heads, dim = MODELS[model]
         for batch, length, longest in shapes:
-            step, q, keys, values = paged(device, model, [length] * batch, [1] * batch, longest, 32, 1)
+            step, qkv, keys, values = paged(device, model, [length] * batch, [1] * batch, longest, 32, 1)
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
             out = torch.empty(batch, heads * dim, dtype=q.dtype, device=device)
             own = decode_tiling(heads // kv_heads, dim, 2)
             tilings = [own, Tiling(own.rows, 64, 4, 3), Tiling(own.rows, 64, 4, 7), Tiling(own.rows, 32, 4, 5)]
@@ -161,8 +170,11 @@ def decode_cases(device: torch.device) -> Iterator[Case]:
                 for split in splits:
                     caches = list(zip(keys, values, strict=True))
 
-                    def run(launch: Launch, i: int, caches=caches, step=step, q=q, out=out, tiling=tiling, split=split):
-                        layer(launch, caches[i], step).decode(q, step, q.shape[-1] ** -0.5, out, tiling, split)
+                    layers = [layer(JitLaunch(), cached, step) for cached in caches]
+
+                    def run(launch, i, layers=layers, step=step, q=q, new=(k, v), out=out, tiling=tiling, split=split):
+                        scale = q.shape[-1] ** -0.5
+                        replace(layers[i], launch=launch).decode(q, new, step, scale, out, tiling, split)
 
                     yield Case(
                         f"decode {model} B={batch} of {length}",
@@ -187,12 +199,13 @@ def prefill_cases(device: torch.device) -> Iterator[Case]:
             for tiling in dict.fromkeys(candidates):
                 for size in (32, 128) if (model, count) == ("8B", 8192) else (32,):
                     tile = tiling.rows // (heads // kv_heads)
-                    step, q, keys, values = paged(device, model, [past + count], [count], 16384, size, tile)
+                    step, qkv, keys, values = paged(device, model, [past + count], [count], 16384, size, tile)
+                    q = qkv[:, :heads]
                     out = torch.empty(count, heads * dim, dtype=q.dtype, device=device)
-                    caches = list(zip(keys, values, strict=True))
+                    layers = [layer(JitLaunch(), cached, step) for cached in zip(keys, values, strict=True)]
 
-                    def run(launch: Launch, i: int, caches=caches, step=step, q=q, out=out, tiling=tiling):
-                        layer(launch, caches[i], step).prefill(q, step, q.shape[-1] ** -0.5, out, tiling)
+                    def run(launch: Launch, i: int, layers=layers, step=step, q=q, out=out, tiling=tiling):
+                        replace(layers[i], launch=launch).prefill(q, step, q.shape[-1] ** -0.5, out, tiling)
 
                     limit = f" ≤ {tiling.registers} registers" if tiling.registers else ""
                     name = f"{tuple(tiling[:4])}{limit}, blocks of {size}"
@@ -208,24 +221,18 @@ def prefill_cases(device: torch.device) -> Iterator[Case]:
                     yield Case(shape, f"torch {backend.name}", peer, 1, flops=flops)
 
 
-def rotate_cases(device: torch.device) -> Iterator[Case]:
-    for model, counts in ROTATIONS.items():
+def store_cases(device: torch.device) -> Iterator[Case]:
+    for model, counts in STORES.items():
         heads, kv_heads, dim = MODELS[model]
         for count in counts:
-            step, _, keys, values = paged(device, model, [count], [count], 16384, 32, 16)
-            total = heads + 2 * kv_heads
-            qkv = torch.randn(count, total * dim, device=device).bfloat16().unflatten(1, (total, dim))
-            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-            rotation = tuple(torch.randn(16384, dim // 2, device=device) for _ in range(2))
+            step, qkv, keys, values = paged(device, model, [count], [count], 16384, 32, 16)
+            _, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+            layers = [layer(JitLaunch(), cached, step) for cached in zip(keys, values, strict=True)]
 
-            def run(launch: Launch, i: int, q=q, k=k, v=v, step=step, rotation=rotation, keys=keys, values=values):
-                rotate_and_store(
-                    launch, q, k, v, rotation=rotation, rope_dim=q.shape[-1], q_norm=None, k_norm=None,
-                    norm_after_rope=False, query_scaling=None, step=step, table=step.tables[0],
-                    keys=keys[i], values=values[i], k_scale=1.0, v_scale=1.0,
-                )  # fmt: skip
+            def run(launch: Launch, i: int, k=k, v=v, step=step, layers=layers):
+                replace(layers[i], launch=launch).store(k, v, step)
 
-            yield Case(f"rotate {model} T={count}", "", run, len(keys), bytes=count * total * dim * 4)
+            yield Case(f"store {model} T={count}", "", run, len(keys), bytes=count * 2 * kv_heads * dim * 4)
 
 
 def microseconds(case: Case, launch: Launch) -> float:
@@ -251,11 +258,11 @@ def microseconds(case: Case, launch: Launch) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=("decode", "prefill", "rotate"))
+    parser.add_argument("--only", choices=("decode", "prefill", "store"))
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     device = torch.device("meta" if options.dry else "cuda")
-    sources = {"decode": decode_cases, "prefill": prefill_cases, "rotate": rotate_cases}
+    sources = {"decode": decode_cases, "prefill": prefill_cases, "store": store_cases}
     dependent = not options.dry and torch.cuda.get_device_capability() >= (9, 0)
     rows: list[dict[str, object]] = []
     for name, source in sources.items():

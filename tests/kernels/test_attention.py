@@ -12,12 +12,13 @@ from tests.kernels.interpreter import mend
 from trtx.converters.spec import Alibi
 from trtx.runtime.cuda.attention import (
     AttentionStep,
+    CachedAttention,
     HeadNorm,
+    Rotation,
     Slopes,
     attention,
     latent_attention,
     query_tile,
-    rotate_and_store,
     store_latents,
     tiles_of,
 )
@@ -37,12 +38,14 @@ class World:
     """Sequences of given KV lengths and numbers of new tokens, and a cache full of NaN but for their past.
 
     Attributes:
-        past: each sequence's keys and values (or latents) [length, kv_heads, dim] in fp32, as they are read back.
+        known: each sequence's keys and values (or latents) [length, kv_heads, dim] in fp32, as they are read back.
+        new: keys and values of the new tokens, [T, kv_heads, dim].
     """
 
     step: AttentionStep
     arrays: list[Tensor]
-    past: list[list[Tensor]]
+    known: list[list[Tensor]]
+    new: list[Tensor]
     q_lens: list[int]
     lengths: list[int]
 
@@ -66,7 +69,7 @@ def world(
     spare: int = 0,
     first_seen: int = 0,
 ) -> World:
-    """Everything is cached already, also the new tokens.
+    """New tokens are cached already only where there is one array: latents.
 
     Args:
         cached: what the cache is in.
@@ -80,17 +83,19 @@ def world(
     order = (1 + torch.randperm(blocks - 1, generator=generator)).tolist()
     tables = torch.zeros(len(lengths) + spare, width, dtype=torch.int32)
     store = [torch.full((blocks, kv_heads, block_size, dim), float("nan")) for _ in range(arrays)]
-    past: list[list[Tensor]] = []
-    for index, length in enumerate(lengths):
+    known: list[list[Tensor]] = []
+    for index, (length, count) in enumerate(zip(lengths, q_lens, strict=True)):
         rows = [torch.randn(length, kv_heads, dim, generator=generator) for _ in range(arrays)]
         rows = [(row / scale).to(cached) for row, scale in zip(rows, scales, strict=False)]
         for block in range(first_seen // block_size, -(-length // block_size)):
             tables[index, block] = order.pop()
-            some = slice(block * block_size, (block + 1) * block_size)
+            some = slice(block * block_size, min((block + 1) * block_size, length - (count if arrays > 1 else 0)))
             for array, row in zip(store, rows, strict=True):
                 part = row[some].float().transpose(0, 1)
                 array[tables[index, block], :, : part.shape[1]] = part
-        past.append([row.float() * scale for row, scale in zip(rows, scales, strict=False)])
+        known.append([row.float() * scale for row, scale in zip(rows, scales, strict=False)])
+    new = [torch.cat([rows[n][-count:] for rows, count in zip(known, q_lens, strict=True)]) for n in range(arrays)]
+    new = [torch.cat([rows, rows.new_full((spare, *rows.shape[1:]), float("nan"))]).to(device, dtype) for rows in new]
     decodes = next((i for i, count in enumerate(q_lens) if count > 1), len(q_lens))
     assert not spare or decodes == len(q_lens)
     positions = [length - count + i for length, count in zip(lengths, q_lens, strict=True) for i in range(count)]
@@ -112,7 +117,7 @@ def world(
         decodes=decodes + spare,
         counters=ids([0] * ((len(lengths) + spare) * heads)),
     )
-    return World(step, [array.to(device, cached) for array in store], past, q_lens, lengths)
+    return World(step, [array.to(device, cached) for array in store], known, new, q_lens, lengths)
 
 
 def expected_attention(
@@ -128,7 +133,7 @@ def expected_attention(
 ) -> Tensor:
     """[T, heads, value_dim] in fp32; bias [heads, positions]."""
     outputs, first = [], 0
-    for (keys, *rest), count, length in zip(w.past, w.q_lens, w.lengths, strict=True):
+    for (keys, *rest), count, length in zip(w.known, w.q_lens, w.lengths, strict=True):
         values = (rest[0] if rest else keys)[..., :value_dim]
         queries = q[first : first + count].float().cpu()
         first += count
@@ -158,11 +163,11 @@ def queries(w: World, dtype: torch.dtype, device: torch.device, heads: int = 4, 
 def run(launch: Launch, w: World, q: Tensor, scales: tuple[float, float] = (1.0, 1.0), **options: object) -> Tensor:
     """The kernel's answer, [T, heads, dim], where torch gives memory full of NaN."""
     settings = {
-        "scale": q.shape[-1] ** -0.5, "window": None, "chunked": False, "softcap": None, "sinks": None, "alibi": None,
+        "rotation": Rotation(), "scale": q.shape[-1] ** -0.5, "window": None, "chunked": False, "softcap": None,
+        "sinks": None, "alibi": None,
     } | options  # fmt: skip
-    keys, values = w.arrays
     table = w.step.tables[0]
-    out = attention(launch, q, keys, values, w.step, table, **settings, k_scale=scales[0], v_scale=scales[1])
+    out = attention(launch, q, *w.new, *w.arrays, w.step, table, **settings, k_scale=scales[0], v_scale=scales[1])
     assert not w.step.counters.any()
     return out.view(len(q), q.shape[1], -1)
 
@@ -218,9 +223,7 @@ def random_norm(device: torch.device, kind: str, shape: tuple[int, ...], dtype: 
     return HeadNorm(weight, torch.randn(shape).to(device, dtype) if kind == "layer" else None, 1e-5, kind)
 
 
-class TestRotateAndStore:
-    HEADS, KV_HEADS = 6, 3
-
+class TestRotation:
     def run(
         self,
         launch: Launch,
@@ -228,45 +231,36 @@ class TestRotateAndStore:
         dtype: torch.dtype,
         dim: int = 64,
         rope_dim: int | None = 64,
-        norms: tuple[HeadNorm, HeadNorm] | None = None,
+        norms: tuple[HeadNorm, HeadNorm] = (None, None),
         last: bool = False,
         scaling: tuple[float, float] | None = None,
         cached: torch.dtype | None = None,
         scales: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         torch.manual_seed(0)
-        w = world(device, dtype, [70, 1, 30], [1, 1, 4], 6, 3, dim, cached=cached)
-        w.step.sequence[1] = -1
-        w.step.positions[1] = 0
-        for array in w.arrays:
-            array.fill_(float("nan"))
-        q, k, v = torch.randn(6, 12 * dim).to(device, dtype).unflatten(1, (12, dim)).split([6, 3, 3], dim=1)
-        rotation = None
-        if rope_dim:
-            angles = torch.rand(80, rope_dim // 2, device=device) * 7
-            rotation = angles.cos() * 1.1, angles.sin() * 1.1
-        keys, values = w.arrays
-        out = rotate_and_store(
-            launch, q, k, v, rotation=rotation, rope_dim=rope_dim or 0, q_norm=norms and norms[0],
-            k_norm=norms and norms[1], norm_after_rope=last, query_scaling=scaling, step=w.step,
-            table=w.step.tables[0], keys=keys, values=values, k_scale=scales[0], v_scale=scales[1],
-        )  # fmt: skip
-        assert out.is_contiguous() and out.dtype == dtype
+        w = world(device, dtype, [70, 33, 30], [1, 1, 4], 6, 3, dim, cached=cached, scales=scales)
+        q, *w.new = torch.randn(6, 12 * dim).to(device, dtype).unflatten(1, (12, dim)).split([6, 3, 3], dim=1)
+        angles = torch.rand(80, (rope_dim or 0) // 2, device=device) * 7
+        tables = (angles.cos() * 1.1, angles.sin() * 1.1) if rope_dim else None
+        rotation = Rotation(tables, rope_dim or 0, *norms, last, scaling)
+        out = run(launch, w, q, scales, rotation=rotation, scale=0.1)
+
         at = w.step.positions
-        rotated = expected_rotation(q, at, rotation, rope_dim or 0, norms and norms[0], last)
+        rotated = expected_rotation(q, at, tables, rope_dim or 0, norms[0], last)
         if scaling:
             floor, scale = scaling
             rotated = rotated * (1 + scale * torch.log1p(torch.floor((at.float() + 1) / floor)))[:, None, None]
-        check(out, rotated.cpu(), dtype)
-        stored = expected_rotation(k, at, rotation, rope_dim or 0, norms and norms[1], last), v.float()
-        table, size = w.step.tables[0], keys.shape[2]
-        known = [token for token in range(6) if token != 1]
-        for array, expected, scale in zip((keys, values), stored, scales, strict=True):
-            rows = [array[table[w.step.sequence[t], at[t] // size], :, at[t] % size].float() * scale for t in known]
+        key, value = expected_rotation(w.new[0], at, tables, rope_dim or 0, norms[1], last), w.new[1].float()
+        table, size = w.step.tables[0], w.arrays[0].shape[2]
+        for n, (array, expected, scale) in enumerate(zip(w.arrays, (key, value), scales, strict=True)):
+            rows = [array[table[w.step.sequence[t], at[t] // size], :, at[t] % size].float() * scale for t in range(6)]
             if cached:
                 expected = (expected / scale).clamp(-448, 448).to(cached).float() * scale
-            check(torch.stack(rows), expected[known].cpu(), torch.bfloat16 if cached else dtype)
-            assert array.float().isfinite().sum() == len(known) * 3 * dim, "nothing else is written"
+            check(torch.stack(rows), expected.cpu(), torch.bfloat16 if cached else dtype)
+            assert array.float().isfinite().sum() == sum(w.lengths) * 3 * dim, "nothing else is written"
+            for known, some in zip(w.known, expected.cpu().split(w.q_lens), strict=True):
+                known[n][-len(some) :] = some
+        check(out, expected_attention(w, rotated, 0.1), dtype)
 
     @DTYPES
     @pytest.mark.parametrize(("dim", "rope_dim"), [(64, 64), (80, 32), (128, None)])
@@ -280,7 +274,7 @@ class TestRotateAndStore:
     def test_norm(self, launch: Launch, device: torch.device, kind: str, per_head: bool) -> None:
         shapes = [(6, 80), (3, 80)] if per_head else [(80,), (80,)]
         norms = [random_norm(device, kind, shape, torch.bfloat16) for shape in shapes]
-        self.run(launch, device, torch.bfloat16, 80, 48, tuple(norms))
+        self.run(launch, device, torch.bfloat16, 80, 48, (norms[0], norms[1]))
 
     def test_unit_norm_after_the_rotation(self, launch: Launch, device: torch.device) -> None:
         unit = HeadNorm(None, None, 1e-5, "unit")
@@ -291,6 +285,12 @@ class TestRotateAndStore:
 
     def test_e4m3_cache(self, launch: Launch, device: torch.device) -> None:
         self.run(launch, device, torch.float16, cached=E4M3, scales=(0.01, 0.004))
+
+    def test_padding_is_not_stored(self, launch: Launch, device: torch.device) -> None:
+        w = world(device, torch.float32, [30], [4])
+        w.step.sequence.fill_(-1)
+        CachedAttention(launch, *w.arrays, w.step.tables[0], 64).store(*w.new, w.step)
+        assert all(array.isfinite().sum() == 26 * 2 * 64 for array in w.arrays)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -306,9 +306,7 @@ class TestDecode:
         q = queries(w, dtype, device)
         check(run(launch, w, q), expected_attention(w, q, 64**-0.5), dtype)
 
-    @pytest.mark.parametrize(
-        ("heads", "kv_heads", "dim"), [(3, 3, 80), (9, 3, 64), (20, 1, 96), (2, 1, 256), (6, 2, 8)]
-    )
+    @SHAPES
     def test_shapes(self, launch: Launch, device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
         w = world(device, torch.float16, [70, 3], [1, 1], heads, kv_heads, dim)
         q = queries(w, torch.float16, device, heads, dim)
@@ -362,6 +360,7 @@ class TestDecode:
         w = world(device, torch.float32, [40], [1], spare=2)
         out = run(launch, w, queries(w, torch.float32, device))
         assert not out[1:].any()
+        assert all(array.isfinite().sum() == 40 * 2 * 64 for array in w.arrays)
 
 
 class TestPrefill:
@@ -372,9 +371,7 @@ class TestPrefill:
         q = queries(w, dtype, device)
         check(run(launch, w, q), expected_attention(w, q, 64**-0.5), dtype)
 
-    @pytest.mark.parametrize(
-        ("heads", "kv_heads", "dim"), [(3, 3, 80), (9, 3, 64), (20, 1, 96), (2, 1, 256), (6, 2, 8)]
-    )
+    @SHAPES
     def test_shapes(self, launch: Launch, device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
         w = world(device, torch.float16, [70, 37], [40, 37], heads, kv_heads, dim)
         q = queries(w, torch.float16, device, heads, dim)
