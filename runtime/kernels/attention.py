@@ -178,8 +178,8 @@ def decode(
     """The last token of each sequence attends to all that is cached of it, and to itself.
 
     A program takes one sequence, GROUP query heads that share a key head, and with SPLIT an equal share of the keys
-    (Flash-Decoding: Dao et al. 2023). The share that is ready last adds all of them up, in their order. Before,
-    the programs of the last share put the token's own key and value into the cache, the same if they share a key head.
+    (Flash-Decoding: Dao et al. 2023). The share that is ready last adds all of them up, in their order. The first
+    share puts the token's own key and value into the cache; programs that share a key head put the same there.
 
     Args:
         q: [sequences, heads, DIM + TAIL], sequences a stride apart; normalized and rotated here.
@@ -201,18 +201,17 @@ def decode(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     sequence = tl.program_id(0)
     group = tl.program_id(1)
     head = group // CHUNKS
     within = tl.arange(0, BLOCK_M)
     heads, present = _heads(within, head, group % CHUNKS, SHARING, GROUP)
     length = tl.load(lengths + sequence)
+    end = length if k is None else length - 1
     first_seen = _first_seen(length - 1, WINDOW, CHUNKED)
     first_tile = first_seen // BLOCK_N
-    tiles = tl.cdiv(length, BLOCK_N) - first_tile
+    tiles = tl.cdiv(end, BLOCK_N) - first_tile
     begin = first_tile * BLOCK_N
-    end = length
     share = 0
     shares = 1
     if SPLIT:
@@ -222,21 +221,19 @@ def decode(
         if share >= shares:
             return
         begin += share * share_tiles * BLOCK_N
-        end = tl.minimum(begin + share_tiles * BLOCK_N, length)
+        end = tl.minimum(begin + share_tiles * BLOCK_N, end)
 
     if k is not None:
-        if (end == length) & (length > 0):
-            dims = tl.arange(0, BLOCK_DIM)[None, :]
-            one = tl.full([1, 1], 0, tl.int32) + head
-            place = _places(table + sequence * WIDTH, length - 1, one, True, KV_HEADS, BLOCK_SIZE, DIM) + dims
-            key = _normed_and_rotated(
-                k + sequence.to(tl.int64) * K_STRIDE + one * DIM, k_weight, k_bias, cos, sin, length - 1, one, dims,
-                dims < DIM, DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
-            )  # fmt: skip
-            tl.store(keys + place, _stored(key, k_scale, keys.dtype.element_ty), dims < DIM)
-            value = tl.load(v + sequence.to(tl.int64) * V_STRIDE + one * DIM + dims, dims < DIM, other=0.0)
-            tl.store(values + place, _stored(value.to(tl.float32), v_scale, values.dtype.element_ty), dims < DIM)
-        tl.debug_barrier()  # all of it is stored before any of it is read
+        # Earlier steps wrote what is cached: the first tile is on its way while the kernel before still runs.
+        positions = begin + tl.arange(0, BLOCK_N)
+        there = (positions >= first_seen) & (positions < end)
+        dims = tl.arange(0, BLOCK_DIM)[None, :]
+        known = there[:, None] & (dims < DIM)
+        places = _places(table + sequence * WIDTH, positions, head, there, KV_HEADS, BLOCK_SIZE, DIM)[:, None] + dims
+        first_keys = tl.load(keys + places, known, other=0.0)
+        first_values = tl.load(values + places, known, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
     query = q + sequence.to(tl.int64) * Q_STRIDE + heads[:, None] * (DIM + TAIL)
     x = _queries(
@@ -249,6 +246,32 @@ def decode(
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     seen = tl.full([BLOCK_M], 0, tl.int32) + length - 1
+    if k is not None:
+        # The token itself, whose key and value need not come back from the cache.
+        one = tl.full([1, 1], 0, tl.int32) + head
+        mine = (share == 0) & (length > 0) & (dims < DIM)
+        key = _normed_and_rotated(
+            k + sequence.to(tl.int64) * K_STRIDE + one * DIM, k_weight, k_bias, cos, sin, tl.maximum(length - 1, 0),
+            one, dims, mine, DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
+        )  # fmt: skip
+        key = _stored(key, k_scale, keys.dtype.element_ty)
+        value = tl.load(v + sequence.to(tl.int64) * V_STRIDE + one * DIM + dims, mine, other=0.0).to(tl.float32)
+        value = _stored(value, v_scale, values.dtype.element_ty)
+        place = _places(table + sequence * WIDTH, length - 1, one, length > 0, KV_HEADS, BLOCK_SIZE, DIM) + dims
+        tl.store(keys + place, key, mine)
+        tl.store(values + place, value, mine)
+        scores = tl.sum(x.to(tl.float32) * key.to(tl.float32), 1, keep_dims=True)
+        scores, factor = _biased(scores, tl.full([1], 0, tl.int32) + length - 1, slope, scale, CAP, ROUNDED)
+        scores = tl.where((share == 0) & (length > 0), scores, float("-inf"))
+        peak, total, weights, _ = _online(peak, total, scores, factor)
+        sums = weights * value.to(tl.float32)
+
+        scores = tl.dot(x, first_keys.to(x.dtype).T, input_precision="ieee")
+        scores, factor = _biased(scores, positions, slope, scale, CAP, ROUNDED)
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        peak, total, weights, fading = _online(peak, total, scores, factor)
+        sums = tl.dot(weights.to(x.dtype), first_values.to(x.dtype), sums * fading[:, None], input_precision="ieee")
+        begin += BLOCK_N
     for start in range(begin, end, BLOCK_N):
         peak, total, sums = _tile(
             peak, total, sums, x, tail, keys, values, table + sequence * WIDTH, head, start, seen, first_seen, end,
@@ -454,6 +477,27 @@ def _tile(
         ending = tl.load(keys + places + (DIM + ends), ending_known, other=0.0).to(x.dtype)
         scores = tl.dot(tail, ending.T, scores, input_precision="ieee")
 
+    scores, factor = _biased(scores, positions, slope, scale, CAP, ROUNDED)
+    if MASKED:
+        visible = there[None, :] & (positions[None, :] <= seen[:, None])
+        if WINDOW:
+            visible &= positions[None, :] >= _first_seen(seen, WINDOW, CHUNKED)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+
+    peak, total, weights, fading = _online(peak, total, scores, factor)
+    if values is None:
+        v = k
+    elif MASKED or BLOCK_DIM > DIM:
+        v = tl.load(values + places + dims, known, other=0.0).to(x.dtype)
+    else:
+        v = tl.load(values + places + dims).to(x.dtype)
+    sums = tl.dot(weights.to(x.dtype), v, sums * fading[:, None], input_precision="ieee")
+    return peak, total, sums
+
+
+@triton.jit
+def _biased(scores, positions, slope, scale, CAP: tl.constexpr, ROUNDED: tl.constexpr):
+    """Scores [rows, keys] with the soft cap and ALiBi, but for a factor: times it, they are exponents of 2."""
     factor = scale * LOG2E
     if CAP > 0:
         scores = CAP * (1 - 2 / (tl.exp2(scores * (factor * (2 / CAP))) + 1))
@@ -465,24 +509,16 @@ def _tile(
             bias = (slope[:, None] * near).to(tl.bfloat16).to(tl.float32) * ROUNDED
         scores = scores * (factor / LOG2E) + bias
         factor = LOG2E
-    if MASKED:
-        visible = positions[None, :] <= seen[:, None]
-        if WINDOW:
-            visible &= positions[None, :] >= _first_seen(seen, WINDOW, CHUNKED)[:, None]
-        scores = tl.where(visible, scores, float("-inf"))
+    return scores, factor
 
+
+@triton.jit
+def _online(peak, total, scores, factor):
+    """The new peak and total, the weights of these scores, and what earlier sums fade by."""
     higher = tl.maximum(peak, tl.max(scores, 1) * factor)
     weights = tl.exp2(scores * factor - higher[:, None])
     fading = tl.exp2(peak - higher)
-    total = total * fading + tl.sum(weights, 1)
-    if values is None:
-        v = k
-    elif MASKED or BLOCK_DIM > DIM:
-        v = tl.load(values + places + dims, known, other=0.0).to(x.dtype)
-    else:
-        v = tl.load(values + places + dims).to(x.dtype)
-    sums = tl.dot(weights.to(x.dtype), v, sums * fading[:, None], input_precision="ieee")
-    return higher, total, sums
+    return higher, total * fading + tl.sum(weights, 1), weights, fading
 
 
 @triton.jit

@@ -198,6 +198,21 @@ def _cast(w, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _tokens(
+    x, smooth, inverse, m, k, M, K: tl.constexpr, INPUT: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Columns k of tokens m as they are multiplied, [BLOCK_K, BLOCK_M]."""
+    WHOLE: tl.constexpr = K % BLOCK_K == 0
+    if WHOLE:
+        v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None], other=0.0)
+    else:
+        v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+    if INPUT != "plain" and INPUT != "codes":
+        v = _multiplied(v.to(tl.float32), smooth, inverse, k[None, :], K, INPUT, WHOLE).to(DTYPE)
+    return tl.trans(v)
+
+
+@triton.jit
 def skinny(
     x, weight, scale, scales, smooth, x_scale, bias, residual, out, partials, counters, M,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
@@ -218,30 +233,31 @@ def skinny(
     inverse = _inverse(scales, INPUT)
     SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     begin = tl.program_id(1) * SHARE
+    # A first block of the weight is on its way while the kernel before still runs, and multiplied last.
+    first = begin + offsets
+    w_first = _block(tile + first[None, :], row, first, N, K, BLOCK_N, BLOCK_K)
+    if GATED:
+        u_first = _block(tile + N * K + first[None, :], row, first, N, K, BLOCK_N, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    WHOLE: tl.constexpr = K % BLOCK_K == 0
-    DTYPE: tl.constexpr = x.dtype.element_ty
     # e4m3 is multiplied as such where x is e4m3 too, other codes in x's dtype, which holds them exactly.
     FP8: tl.constexpr = weight.dtype.element_ty == tl.float8e4nv and (INPUT == "e4m3" or INPUT == "codes")
-    MULTIPLIED: tl.constexpr = tl.float8e4nv if FP8 else DTYPE
+    MULTIPLIED: tl.constexpr = tl.float8e4nv if FP8 else x.dtype.element_ty
+    v_first = _tokens(x, smooth, inverse, m, first, M, K, INPUT, BLOCK_K, MULTIPLIED)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
+    for start in range(begin + BLOCK_K, tl.minimum(begin + SHARE, K), BLOCK_K):
         k = start + offsets
         w = _block(tile + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
-        if WHOLE:
-            v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None], other=0.0)
-        else:
-            v = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        if INPUT != "plain" and INPUT != "codes":
-            v = _multiplied(v.to(tl.float32), smooth, inverse, k[None, :], K, INPUT, WHOLE).to(MULTIPLIED)
-        v = tl.trans(v)
+        v = _tokens(x, smooth, inverse, m, k, M, K, INPUT, BLOCK_K, MULTIPLIED)
         sums = tl.dot(_cast(w, MULTIPLIED), v, sums, max_num_imprecise_acc=BLOCK_K)
         if GATED:
             u = _block(tile + N * K + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
             up_sums = tl.dot(_cast(u, MULTIPLIED), v, up_sums, max_num_imprecise_acc=BLOCK_K)
+    sums = tl.dot(_cast(w_first, MULTIPLIED), v_first, sums, max_num_imprecise_acc=BLOCK_K)
+    if GATED:
+        up_sums = tl.dot(_cast(u_first, MULTIPLIED), v_first, up_sums, max_num_imprecise_acc=BLOCK_K)
     _reduced(
         sums, up_sums, row, scale, scales, x_scale, bias, residual, out, partials, counters, M,
         N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
