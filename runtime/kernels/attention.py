@@ -249,17 +249,17 @@ def decode(
     if k is not None:
         # The token itself, whose key and value need not come back from the cache.
         one = tl.full([1, 1], 0, tl.int32) + head
-        mine = (share == 0) & (length > 0) & (dims < DIM)
+        own = (share == 0) & (length > 0) & (dims < DIM)
         key = _normed_and_rotated(
             k + sequence.to(tl.int64) * K_STRIDE + one * DIM, k_weight, k_bias, cos, sin, tl.maximum(length - 1, 0),
-            one, dims, mine, DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
+            one, dims, own, DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
         )  # fmt: skip
         key = _stored(key, k_scale, keys.dtype.element_ty)
-        value = tl.load(v + sequence.to(tl.int64) * V_STRIDE + one * DIM + dims, mine, other=0.0).to(tl.float32)
+        value = tl.load(v + sequence.to(tl.int64) * V_STRIDE + one * DIM + dims, own, other=0.0).to(tl.float32)
         value = _stored(value, v_scale, values.dtype.element_ty)
         place = _places(table + sequence * WIDTH, length - 1, one, length > 0, KV_HEADS, BLOCK_SIZE, DIM) + dims
-        tl.store(keys + place, key, mine)
-        tl.store(values + place, value, mine)
+        tl.store(keys + place, key, own)
+        tl.store(values + place, value, own)
         scores = tl.sum(x.to(tl.float32) * key.to(tl.float32), 1, keep_dims=True)
         scores, factor = _biased(scores, tl.full([1], 0, tl.int32) + length - 1, slope, scale, CAP, ROUNDED)
         scores = tl.where((share == 0) & (length > 0), scores, float("-inf"))
