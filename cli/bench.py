@@ -80,6 +80,12 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the report: .png, .svg, .pdf or .html.")
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also see what the time of a step goes to, and draw it: .png, .svg, .pdf or .html."
+        ),
+    ] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="OLD", help="Compare with a report written by --output.")
     ] = None,
@@ -93,11 +99,14 @@ def bench(
 
     Without --concurrency and --request-rate all requests are sent at once (offline). Outputs have exactly the length
     asked for: end-of-sequence tokens are ignored.
+
+    With --profile a few requests more are served under torch's profiler, and the report says for steps that prefill and
+    that decode how long each kernel takes, how much it reads and writes, and which share of the bandwidth that is.
     """
     from trtx.runtime.bench.benchmark import Settings, run_benchmark
     from trtx.runtime.bench.compare import check_same_workload
     from trtx.runtime.bench.compare import compare as set_side_by_side
-    from trtx.runtime.bench.plot import check_plot, write_plot
+    from trtx.runtime.bench.plot import check_plot, write_plot, write_profile
     from trtx.runtime.bench.report import Report, check_target
 
     prompts = dataset or _random_prompts(isl or _LENGTH, isl_stdev, osl or _LENGTH, osl_stdev, shared_prefix)
@@ -105,8 +114,9 @@ def bench(
         raise typer.BadParameter("--dataset has its own lengths: leave out --isl, --osl and the like.")
     settings = Settings(prompts, _load(request_rate, concurrency), num_requests, warmup, seed, prefix_reuse)
     # Whatever can be refused is refused before the time is spent.
-    if plot is not None:
-        check_plot(plot)
+    for picture in (plot, profile):
+        if picture is not None:
+            check_plot(picture)
     if output is not None:
         check_target(output)
     old = Report.read(compare) if compare is not None else None
@@ -114,7 +124,9 @@ def bench(
         check_same_workload(old.workload, settings.describe(), str(compare))
 
     calm = partial(progress, refresh_per_second=1)  # drawing the bar takes time from what is measured
-    report, trace = run_benchmark(engine, settings, device=device, token_times=save_requests, progress=calm)
+    report, trace = run_benchmark(
+        engine, settings, device=device, token_times=save_requests, profile=profile is not None, progress=calm
+    )
 
     comparison = set_side_by_side(old, report, seed) if old is not None else None
     data = report.to_json()
@@ -129,6 +141,11 @@ def bench(
     if plot is not None:
         write_plot(plot, report, trace)
         note(f"Plot: {plot}")
+    if profile is not None:
+        write_profile(profile, report)
+        note(f"Profile: {profile}")
+        if report.profile is not None and not report.profile.phases:
+            warn("--profile: torch's profiler saw no kernels; KINETO_LOG_LEVEL=0 in the environment makes it say why.")
     if report.metrics.failed:
         raise RequestError(
             f"{report.metrics.failed} of {len(report.requests)} requests failed: {'; '.join(report.metrics.errors)}",

@@ -64,13 +64,16 @@ class CudaBackend(Backend):
 
     def add_kernels(self, store: WeightStore | None, sizing: Sizing, draft: Draft, progress: Progress) -> None:
         from trtx.builder.cuda.trace import required_kernels
+        from trtx.builder.cuda.tune import add_algorithms
         from trtx.builder.engine import KERNELS
 
         assert sizing.target.gpu is not None
+        folder = draft.path / "rank0" / KERNELS
         layout = self.kv_layout(sizing, Shard(sizing.model.spec, sizing.mapping, 0))
         variants = required_kernels(sizing, layout, store)
         with progress(len(variants)) as advance:
-            compile_kernels(variants, sizing.target.gpu.sm, draft.path / "rank0" / KERNELS, advance)
+            compile_kernels(variants, sizing.target.gpu.sm, folder, advance)
+        add_algorithms(store, sizing, folder, progress)
         draft.describe(kernels=len(variants))
 
     def linear_entries(self, store: WeightStore, name: str, modules: list[Module], sizing: Sizing) -> Iterator[Entry]:
@@ -135,7 +138,9 @@ class CudaBackend(Backend):
         return 4 * sizing.max_seq_len * sum(rope.dim for rope in sizing.model.spec.ropes)
 
     def workspace_bytes(self, sizing: Sizing) -> int:
-        return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + GRAPHS
+        from trtx.runtime.cuda.cublaslt import WORKSPACE
+
+        return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + WORKSPACE + GRAPHS
 
     def math_dtype(self, sizing: Sizing) -> str:
         from trtx.builder.build import MATH_UNITS

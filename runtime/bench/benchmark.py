@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,11 +17,13 @@ from trtx import __version__
 from trtx.builder.engine import Engine
 from trtx.converters.artifact import digest_file
 from trtx.converters.errors import InputError
+from trtx.runtime.bench import profile as profiling
 from trtx.runtime.bench import roofline
 from trtx.runtime.bench.load import Clock, Load, drive
-from trtx.runtime.bench.metrics import measure
+from trtx.runtime.bench.metrics import Metrics, measure
 from trtx.runtime.bench.report import EngineIdentity, Machine, Report, RequestRecord
 from trtx.runtime.bench.trace import Trace
+from trtx.runtime.bench.watch import Watch
 from trtx.runtime.bench.workload import RandomPrompts, check_fits, read_dataset, warmup_requests
 from trtx.runtime.llm import LLM
 from trtx.runtime.request import Request
@@ -111,6 +113,7 @@ def run_benchmark(
     device: str | None = None,
     clock: Clock | None = None,
     token_times: bool = False,
+    profile: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[Report, Trace]:
     """Load an engine, warm it up, serve the requests and measure.
@@ -118,6 +121,7 @@ def run_benchmark(
     Args:
         device: 'cpu', 'cuda' or 'cuda:N'; what the engine was built for unless given.
         token_times: keep every token's time in the report.
+        profile: serve a few requests more, and see what the time of a step goes to.
 
     Raises:
         TrtxError: the engine can't be loaded, or the workload not be made.
@@ -131,20 +135,56 @@ def run_benchmark(
     warmup = warmup_requests(
         requests, settings.warmup, settings.shared_prefix, llm.config.model.spec.vocab_size, settings.seed
     )
+    bytes_of = _bytes_of(opened, where) if profile else None
+    watch = llm.executor.runner = Watch(llm.executor.runner)
     for description, batch, load in (("Warm-up", warmup, Load()), ("Measuring", requests, settings.load)):
         with progress(description, len(batch), "requests") as advance:
-            trace = drive(llm.executor, batch, load, seed=settings.seed, clock=clock, advance=advance)
+            trace = drive(
+                llm.executor, batch, load, seed=settings.seed, clock=clock, advance=advance, chunks=lambda: watch.chunks
+            )
     ranks = opened.config.mapping.ranks
+    step_cost = roofline.step_cost(opened.config)
+    metrics = measure(trace, ranks, step_cost, ceiling)
+    profiled = None
+    if profile:
+        with progress("Profiling", None, ""):
+            profiled = profiling.profile(
+                llm.executor,
+                watch,
+                _requests_like(requests, metrics, settings, llm),
+                where,
+                bytes_of=bytes_of,
+                step_cost=step_cost,
+                ceiling=ceiling,
+            )
     report = Report(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"trtx": __version__, "python": platform.python_version(), "torch": torch.__version__},
         engine=_identity(opened),
         machine=_machine(where, ranks),
         workload=settings.describe(),
-        metrics=measure(trace, ranks, roofline.decode_cost(opened.config), ceiling),
+        metrics=metrics,
         requests=[RequestRecord.of(request, trace.start, token_times) for request in trace.requests],
+        profile=profiled,
     )
     return report, trace
+
+
+def _requests_like(measured: Sequence[Request], metrics: Metrics, settings: Settings, llm: LLM) -> list[Request]:
+    """Requests as long as the first ones measured, as many as decoded together on average, of other random tokens."""
+    count = round(metrics.mean_batch) or min(len(measured), llm.config.limits.max_batch_size)
+    vocab_size = llm.config.model.spec.vocab_size
+    return warmup_requests(measured, count, settings.shared_prefix, vocab_size, settings.seed + 1)
+
+
+def _bytes_of(engine: Engine, device: torch.device) -> profiling.BytesOf | None:
+    """What kernels read and write, where it can be told: on the backend `cuda`."""
+    if engine.config.backend != "cuda":
+        return None
+    from trtx.runtime.cuda.traffic import Traffic
+
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Traffic(engine.config, properties.shared_memory_per_block_optin).of_step
 
 
 def _identity(engine: Engine) -> EngineIdentity:

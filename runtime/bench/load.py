@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from trtx.converters.errors import RequestError
-from trtx.runtime.bench.trace import Outcome, RequestTrace, StepTrace, Trace
+from trtx.runtime.bench.trace import Outcome, RequestTrace, Slice, StepTrace, Trace
 from trtx.runtime.bench.workload import Stream
 from trtx.runtime.request import FinishReason, Request, TokenEvent
 
@@ -114,6 +114,7 @@ def drive(
     seed: int = 0,
     clock: Clock | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    chunks: Callable[[], tuple[Slice, ...]] = tuple,
 ) -> Trace:
     """Send `requests` as `load` says, step the executor until all have ended, and return what happened.
 
@@ -123,8 +124,9 @@ def drive(
         requests: one continuation each (`n` = 1).
         seed: of the arrivals.
         advance: called with 1 for each request that ended.
+        chunks: gives those of prompts that the step which was read last computed.
     """
-    return _Driver(executor, requests, load, seed, clock or SystemClock(), advance).run()
+    return _Driver(executor, requests, load, seed, clock or SystemClock(), advance, chunks).run()
 
 
 class _Driver:
@@ -136,11 +138,13 @@ class _Driver:
         seed: int,
         clock: Clock,
         advance: Callable[[int], None],
+        chunks: Callable[[], tuple[Slice, ...]],
     ) -> None:
         self.executor = executor
         self.load = load
         self.clock = clock
         self.advance = advance
+        self.chunks = chunks
         self.trace = Trace(start=clock.now())
         arrivals = (self.trace.start + offset for offset in load.arrivals(len(requests), seed))
         self.waiting = deque(zip(arrivals, requests, strict=True))
@@ -180,8 +184,9 @@ class _Driver:
         events = self.executor.step()
         now = self.clock.now()
         step = self.executor.last_step
+        chunks = self.chunks() if step.prefill_tokens else ()
         self.trace.steps.append(
-            StepTrace(start, now - start, step.prefill_tokens, step.decode_tokens, step.context_tokens)
+            StepTrace(start, now - start, step.prefill_tokens, step.decode_tokens, step.context_tokens, chunks)
         )
         for event in events:
             record = self.in_flight[event.request]

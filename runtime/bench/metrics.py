@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trtx.runtime.bench.roofline import Ceiling, Cost
-from trtx.runtime.bench.trace import Outcome, StepTrace, Trace
+from trtx.runtime.bench.trace import Outcome, Phase, StepTrace, Trace
 
 DEFINITIONS = {
     "TTFT": "time to first token, from the request's arrival: waiting and prefill",
@@ -17,7 +17,8 @@ DEFINITIONS = {
     "end-to-end": "from arrival to the last token",
     "throughput": "of completed requests, from the first arrival to the last token; total = input + output tokens",
     "per user": "output tokens / end-to-end latency, mean over requests",
-    "decode": "bytes that steps without prefill must read (weights once, KV cache of each sequence) / their time",
+    "decode, prefill, mixed": "steps of single tokens, of chunks of prompts, and of both; GB/s and TFLOP/s count what "
+    "they must read (weights once, KV cache of each sequence) and compute",
     "roofline": "time those steps need at the ceilings, the larger of bytes / bandwidth and FLOPs / peak, / their time",
     "percentiles": "linear interpolation between order statistics",
 }
@@ -69,12 +70,13 @@ class Throughput:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """How steps that only decode used the memory.
+class Usage:
+    """How the steps of one phase used the machine.
 
     Attributes:
-        tokens: decoded in them.
+        tokens: computed in them.
         bytes: they had to read: the weights once a step, and the KV cache of the sequences.
+        flops: they had to compute.
         roofline_percent: of their time, what the roofline would take.
         ceiling_gb_per_s, ceiling_tflops: the roofline.
         ceiling_source: where it comes from.
@@ -84,7 +86,9 @@ class Decode:
     seconds: float
     tokens: int
     bytes: int
+    flops: int
     gb_per_s: float
+    tflop_per_s: float
     roofline_percent: float
     ceiling_gb_per_s: float
     ceiling_tflops: float
@@ -100,7 +104,7 @@ class Metrics:
         reused_tokens: input tokens found in the KV cache instead of being computed.
         mean_batch: sequences decoding, mean over steps that decode.
         itl_ms: over all gaps of all requests; the others have one value a request.
-        decode: None when no step only decoded.
+        prefill, mixed, decode: of steps that only prefilled, did both, only decoded; None: there were none.
     """
 
     completed: int
@@ -118,18 +122,27 @@ class Metrics:
     tpot_ms: Stats | None
     itl_ms: Stats | None
     e2e_ms: Stats | None
-    decode: Decode | None
+    prefill: Usage | None
+    mixed: Usage | None
+    decode: Usage | None
+
+    @property
+    def usage(self) -> dict[Phase, Usage]:
+        """By phase, of those that there were."""
+        found = {Phase.PREFILL: self.prefill, Phase.MIXED: self.mixed, Phase.DECODE: self.decode}
+        return {phase: usage for phase, usage in found.items() if usage is not None}
 
 
-def measure(trace: Trace, ranks: int, step_cost: Callable[[int, int], Cost], ceiling: Ceiling) -> Metrics:
+def measure(trace: Trace, ranks: int, step_cost: Callable[[StepTrace], Cost], ceiling: Ceiling) -> Metrics:
     """Figures from a trace.
 
     Args:
         ranks: GPUs that the engine runs on (1 for a CPU).
-        step_cost: (sequences, their context tokens in all) → what a decode step must read and compute.
+        step_cost: step → what it must read and compute.
         ceiling: of all ranks together.
     """
     done, outcomes = trace.completed, trace.outcomes()
+    usage = _usage(trace.steps, step_cost, ceiling)
     decoding = [step.decode_tokens for step in trace.steps if step.decode_tokens]
     return Metrics(
         completed=outcomes[Outcome.COMPLETED],
@@ -147,7 +160,9 @@ def measure(trace: Trace, ranks: int, step_cost: Callable[[int, int], Cost], cei
         tpot_ms=Stats.of(request.tpot / MILLI for request in done if request.tpot is not None),
         itl_ms=Stats.of(gap / MILLI for request in done for gap in request.gaps),
         e2e_ms=Stats.of(request.e2e / MILLI for request in done),
-        decode=_decode(trace.steps, step_cost, ceiling),
+        prefill=usage[Phase.PREFILL],
+        mixed=usage[Phase.MIXED],
+        decode=usage[Phase.DECODE],
     )
 
 
@@ -168,19 +183,40 @@ def _throughput(trace: Trace, ranks: int) -> Throughput | None:
     )
 
 
-def _decode(steps: list[StepTrace], step_cost: Callable[[int, int], Cost], ceiling: Ceiling) -> Decode | None:
-    pure = [step for step in steps if step.decodes_only]
-    if not pure:
+def _usage(
+    steps: list[StepTrace], step_cost: Callable[[StepTrace], Cost], ceiling: Ceiling
+) -> dict[Phase, Usage | None]:
+    """By phase.
+
+    A step that brought nothing has launched one: its time is part of the next one's.
+    """
+    timed: dict[Phase, list[tuple[StepTrace, float]]] = {phase: [] for phase in Phase}
+    spent = 0.0
+    for step in steps:
+        spent += step.seconds
+        if step.phase is not None:
+            timed[step.phase].append((step, spent))
+            spent = 0.0
+    return {phase: _usage_of(found, step_cost, ceiling) for phase, found in timed.items()}
+
+
+def _usage_of(
+    timed: list[tuple[StepTrace, float]], step_cost: Callable[[StepTrace], Cost], ceiling: Ceiling
+) -> Usage | None:
+    """Of steps and their seconds."""
+    if not timed:
         return None
-    costs = [step_cost(step.decode_tokens, step.context_tokens) for step in pure]
-    seconds = sum(step.seconds for step in pure)
-    size = sum(cost.bytes for cost in costs)
-    return Decode(
-        steps=len(pure),
+    costs = [step_cost(step) for step, _ in timed]
+    seconds = sum(spent for _, spent in timed)
+    size, flops = sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs)
+    return Usage(
+        steps=len(timed),
         seconds=seconds,
-        tokens=sum(step.decode_tokens for step in pure),
+        tokens=sum(step.prefill_tokens + step.decode_tokens for step, _ in timed),
         bytes=size,
+        flops=flops,
         gb_per_s=size / seconds / 1e9,
+        tflop_per_s=flops / seconds / 1e12,
         roofline_percent=100 * sum(ceiling.seconds(cost) for cost in costs) / seconds,
         ceiling_gb_per_s=ceiling.bytes_per_s / 1e9,
         ceiling_tflops=ceiling.flops_per_s / 1e12,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
 
+_MOST_COLOURS = 11
+_LABELLED = 0.05
+"""Parts of a bar that are a smaller share of it are not labelled."""
 _MOST_BINS = 60
 _STEPS_A_BIN = 8
 _LOG_SPREAD = 20
@@ -60,11 +64,24 @@ def write_plot(path: Path, report: Report, trace: Trace) -> None:
     Raises:
         OutputError: unknown suffix, or it can't be written.
     """
+    _write(path, report, lambda: _draw(report, trace))
+
+
+def write_profile(path: Path, report: Report) -> None:
+    """Draw the profile of `report` and write it in the format of the suffix.
+
+    Raises:
+        OutputError: unknown suffix, or it can't be written.
+    """
+    _write(path, report, lambda: _draw_profile(report))
+
+
+def _write(path: Path, report: Report, draw: Callable[[], Figure]) -> None:
     from matplotlib import rc_context
 
     check_plot(path)
     with writing(path), rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = _draw(report, trace)
+        figure = draw()
         if path.suffix.lower() == ".html":
             path.write_text(_html(report, figure), encoding="utf-8")
         else:
@@ -90,6 +107,44 @@ def _draw(report: Report, trace: Trace) -> Figure:
     )
     _output_rate(rate, trace)
     _in_system(load, trace)
+    return figure
+
+
+def _draw_profile(report: Report) -> Figure:
+    """A bar a phase, as long as a step; a colour for each of the kernels that take longest, the idle time in white."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    phases = report.profile.phases if report.profile else []
+    figure = Figure(figsize=(11, 2.6 + 1.1 * len(phases)), layout="constrained")
+    figure.suptitle(_title(report), x=0.012, ha="left", fontsize=10, linespacing=1.5)
+    if not phases:
+        _say_empty(figure.subplots())
+        return figure
+    total: Counter[str] = Counter()
+    for row in (row for phase in phases for row in phase.rows[:-1]):
+        total[row.kernel] += row.percent  # type: ignore[assignment]
+    palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = {kernel: palette[place] for place, (kernel, _) in enumerate(total.most_common(_MOST_COLOURS))}
+    for axes, phase in zip(figure.subplots(len(phases), squeeze=False)[:, 0], phases, strict=True):
+        roofline = f"{phase.roofline_percent:.0f}% of the roofline"
+        axes.set(title=f"{phase.phase}: {phase.tokens:,.4g} tokens a step, {roofline}", xlabel="ms", yticks=[])
+        axes.set_xlim(0, phase.ms)
+        *kernels, rest = phase.rows
+        shares = {row.kernel: row.ms for row in kernels if row.kernel in colours}
+        shares["others"] = sum(row.ms for row in kernels if row.kernel not in colours)
+        shares[rest.kernel] = rest.ms
+        left = 0.0
+        for kernel, ms in shares.items():
+            colour = "white" if kernel == rest.kernel else colours.get(kernel, _GREY)
+            axes.barh(0, ms, left=left, color=colour, edgecolor=_GREY, linewidth=0.5)
+            if ms > _LABELLED * phase.ms:
+                axes.text(left + ms / 2, 0, f"{100 * ms / phase.ms:.0f}%", ha="center", va="center", bbox=_LABEL_BOX)
+            left += ms
+    legend = {**colours, "others": _GREY, phases[0].rows[-1].kernel: "white"}
+    handles = [Patch(facecolor=colour, edgecolor=_GREY, linewidth=0.5, label=name) for name, colour in legend.items()]
+    figure.legend(handles=handles, loc="outside lower left", ncols=4)
     return figure
 
 

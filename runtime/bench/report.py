@@ -13,9 +13,10 @@ from trtx.converters.errors import InputError, OutputError, writing
 from trtx.converters.spec import from_json
 from trtx.runtime.bench.load import Load
 from trtx.runtime.bench.metrics import MILLI, Metrics
+from trtx.runtime.bench.profile import PhaseProfile, Profile
 from trtx.runtime.bench.trace import Outcome, RequestTrace
 
-SCHEMA = "trtx-bench-1"
+SCHEMA = "trtx-bench-2"
 """Name and version of the JSON format."""
 
 
@@ -112,6 +113,7 @@ class Report:
         created: ISO 8601, UTC.
         versions: of Python and libraries.
         workload: prompts, lengths, load and seed: two reports with equal workloads can be compared.
+        profile: what the time of a step goes to, if that was asked for.
     """
 
     created: str
@@ -121,6 +123,7 @@ class Report:
     workload: dict[str, Any]
     metrics: Metrics
     requests: list[RequestRecord]
+    profile: Profile | None = None
     schema: str = SCHEMA
 
     @property
@@ -195,6 +198,8 @@ def tables(report: Report) -> Iterator[Table]:
     yield Table("throughput", ("", ""), list(_throughput_rows(report)))
     columns = ("mean", "p50", "p90", "p95", "p99", "max")
     yield Table("latency, ms", ("", *columns), list(_latency_rows(report.metrics, columns)))
+    for phase in report.profile.phases if report.profile else ():
+        yield _profile_table(phase)
 
 
 def _setting_rows(report: Report) -> Iterator[tuple[str, str]]:
@@ -229,10 +234,12 @@ def _throughput_rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "output tokens/s per GPU", f"{throughput.output_tokens_per_s_per_gpu:,.1f}"
     yield "output tokens/s per user", f"{throughput.output_tokens_per_s_per_user:,.1f}"
     yield "duration", f"{throughput.seconds:,.2f} s, {metrics.steps:,} steps, {metrics.mean_batch:.1f} decodes a step"
-    if (decode := metrics.decode) is not None:
-        yield "decode", f"{decode.gb_per_s:,.2f} GB/s, {decode.roofline_percent:.0f}% of the roofline"
-        ceilings = f"{decode.ceiling_gb_per_s:,.1f} GB/s, {decode.ceiling_tflops:,.3g} TFLOP/s"
-        yield "roofline", f"{ceilings} ({decode.ceiling_source})"
+    for phase, usage in metrics.usage.items():
+        rates = f"{usage.gb_per_s:,.2f} GB/s, {usage.tflop_per_s:,.3g} TFLOP/s"
+        yield phase.value, f"{usage.roofline_percent:.0f}% of the roofline: {rates}"
+    for usage in list(metrics.usage.values())[:1]:
+        ceilings = f"{usage.ceiling_gb_per_s:,.1f} GB/s, {usage.ceiling_tflops:,.3g} TFLOP/s"
+        yield "roofline", f"{ceilings} ({usage.ceiling_source})"
 
 
 def _latency_rows(metrics: Metrics, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -245,3 +252,30 @@ def _latency_rows(metrics: Metrics, columns: tuple[str, ...]) -> Iterator[tuple[
     for name, stats in latencies.items():
         if stats is not None:
             yield (name, *(f"{getattr(stats, column):,.2f}" for column in columns))
+
+
+_PROFILE_COLUMNS = ("", "calls a step", "ms a step", "% of the step", "MB a step", "% of the bandwidth")
+_SMALL = 1.0
+"""Percent of a step; kernels that take less are shown as one row."""
+_WITHOUT_BYTES = 4
+"""Columns, where no bytes are known."""
+
+
+def _profile_table(phase: PhaseProfile) -> Table:
+    mean = f"{phase.tokens:,.4g} tokens in {phase.ms:,.3f} ms a step (steps: {phase.steps})"
+    title = f"profile of {phase.phase}: {mean}, {phase.roofline_percent:.0f}% of the roofline"
+    columns = len(_PROFILE_COLUMNS) if any(row.bytes is not None for row in phase.rows) else _WITHOUT_BYTES
+    return Table(title, _PROFILE_COLUMNS[:columns], [row[:columns] for row in _profile_rows(phase)])
+
+
+def _profile_rows(phase: PhaseProfile) -> Iterator[tuple[str, ...]]:
+    *kernels, rest = phase.rows
+    small = [row for row in kernels if row.percent < _SMALL]
+    for row in kernels[: len(kernels) - len(small)]:
+        moved = "" if row.bytes is None else f"{row.bytes / 1e6:,.2f}"
+        rate = "" if row.bandwidth_percent is None else f"{row.bandwidth_percent:.0f}"
+        yield row.kernel, f"{row.calls:,.4g}", f"{row.ms:,.3f}", f"{row.percent:.1f}", moved, rate
+    if small:
+        calls, ms, percent = (sum(getattr(row, name) for row in small) for name in ("calls", "ms", "percent"))
+        yield f"{len(small)} others", f"{calls:,.4g}", f"{ms:,.3f}", f"{percent:.1f}", "", ""
+    yield rest.kernel, "", f"{rest.ms:,.3f}", f"{rest.percent:.1f}", "", ""

@@ -6,8 +6,10 @@ Times are seconds of one monotonic clock.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 
 class Outcome(str, Enum):
@@ -63,6 +65,28 @@ class RequestTrace:
         return [later - earlier for earlier, later in zip(self.token_times, self.token_times[1:], strict=False)]
 
 
+class Phase(str, Enum):
+    """What a step is, by its slices: a slice of one token decodes, a longer one is a chunk of a prompt."""
+
+    PREFILL = "prefill"
+    MIXED = "mixed"
+    DECODE = "decode"
+
+
+class Slice(NamedTuple):
+    """What a step computed of one sequence.
+
+    Attributes:
+        before: tokens that were in the KV cache.
+        tokens: computed ones; 1: it decoded.
+        rows: how many of them wanted logits.
+    """
+
+    before: int
+    tokens: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class StepTrace:
     """One step of the executor.
@@ -70,6 +94,7 @@ class StepTrace:
     Attributes:
         decode_tokens: sequences that computed one token.
         context_tokens: KV cache entries that those attended to, in all.
+        chunks: of prompts; `prefill_tokens` in all.
     """
 
     start: float
@@ -77,11 +102,21 @@ class StepTrace:
     prefill_tokens: int
     decode_tokens: int
     context_tokens: int
+    chunks: tuple[Slice, ...] = ()
+
+    @classmethod
+    def of(cls, slices: Sequence[Slice], start: float, seconds: float) -> StepTrace:
+        """The step that computed these."""
+        ends = [piece.before + 1 for piece in slices if piece.tokens == 1]
+        chunks = tuple(piece for piece in slices if piece.tokens > 1)
+        return cls(start, seconds, sum(piece.tokens for piece in chunks), len(ends), sum(ends), chunks)
 
     @property
-    def decodes_only(self) -> bool:
-        """Whether no prefill chunk shared the step."""
-        return self.prefill_tokens == 0 and self.decode_tokens > 0
+    def phase(self) -> Phase | None:
+        """None for a step that brought nothing: an overlapping executor launched its first."""
+        if not self.prefill_tokens:
+            return Phase.DECODE if self.decode_tokens else None
+        return Phase.MIXED if self.decode_tokens else Phase.PREFILL
 
 
 @dataclass

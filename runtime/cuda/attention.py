@@ -21,8 +21,8 @@ _PROGRAMS = 4 * 132
 """How many programs of a decode step are wanted: enough to keep every multiprocessor of an H100 busy, twice over."""
 
 
-_LONG = 1024
-"""Tokens that one program of a decode step should take at least where there is no lack of programs."""
+_SHORT, _LONG = 256, 1024
+"""Tokens that one program of a decode step should take at least, and where there is no lack of programs."""
 
 
 @dataclass
@@ -367,13 +367,14 @@ class CachedAttention:
     def _splits(self, programs: int, tiling: Tiling) -> tuple[int, int]:
         """Programs that share the keys of a sequence, and how many tiles a share has at least.
 
-        Few sequences are split so that all multiprocessors are busy; of many, only the long ones, which others would
-        have to wait for.
+        Few sequences are split so that all multiprocessors are busy, but not so small that adding up takes longer than
+        what is added; of many, only the long ones, which others would have to wait for.
         """
         longest = self.table.shape[1] * self.keys.shape[2]
         if programs >= _PROGRAMS // 4:
             return min(4, -(-longest // _LONG)), _LONG // tiling.keys
-        return min(power_of_two(_PROGRAMS // programs + 1) // 2, power_of_two(-(-longest // tiling.keys))), 1
+        least = max(1, _SHORT // tiling.keys)
+        return min(power_of_two(_PROGRAMS // programs + 1) // 2, -(-longest // (least * tiling.keys))), least
 
     def _constants(self, q: Tensor, tiling: Tiling) -> dict[str, Constant]:
         group, chunks = self._groups(q, tiling)

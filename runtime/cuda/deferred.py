@@ -1,9 +1,4 @@
-"""What the op set has been asked for and leaves to the kernel that comes next.
-
-A decode step of few tokens waits more for kernels to follow each other than for what small ones do. So a norm is left
-to the linear that reads it, and a block's last linear is left to the addition to the residual stream. Whoever can't
-do both at once asks for the `value`.
-"""
+"""What the op set has been asked for and leaves to the word that comes next."""
 
 from __future__ import annotations
 
@@ -13,28 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from trtx.runtime.cuda import elementwise, linear
+from trtx.runtime.cuda import linear
 from trtx.runtime.cuda.launch import Launch
 from trtx.runtime.cuda.linear import CudaLinear
-from trtx.runtime.ops.torch_ops import ResidentNorm
-
-
-@dataclass(frozen=True)
-class Normed:
-    """The norm of x [T, H], which must not change before the value is asked for."""
-
-    launch: Launch
-    x: Tensor
-    norm: ResidentNorm
-
-    @cached_property
-    def value(self) -> Tensor:
-        return elementwise.norm(self.launch, self.x, self.norm)
 
 
 @dataclass(frozen=True)
 class Product:
-    """x [T, K] times a weight."""
+    """x [T, K] times a weight, a block's last: the kernel that computes it can add it to the residual stream."""
 
     launch: Launch
     x: Tensor
@@ -45,12 +26,10 @@ class Product:
         return linear.linear(self.launch, self.x, self.weight)
 
     def added(self, to: Tensor) -> Tensor:
-        """The sum with `to` [T, N], which is overwritten where a kernel can do both."""
-        if linear.adds(self.x, self.weight):
-            return linear.linear(self.launch, self.x, self.weight, add_to=to)
-        return to + self.value
+        """The sum with `to` [T, N], which is overwritten."""
+        return linear.linear(self.launch, self.x, self.weight, to)
 
 
 def value(x: Any) -> Any:
     """x, computed now if it was left for later."""
-    return x.value if isinstance(x, (Normed, Product)) else x
+    return x.value if isinstance(x, Product) else x

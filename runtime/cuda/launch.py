@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from trtx.runtime.cuda.cublaslt import Products
 
 Argument = Tensor | int | float | None
 Constant = int | float | bool | str | None
@@ -69,6 +72,8 @@ class Launch(ABC):
     """Whether kernels are launched with `PDL` (programmatic dependent launch): sm_90 and newer."""
     shared_bytes: int = H100_SHARED
     """Shared memory that a program may take."""
+    products: Products | None = None
+    """cuBLASLt, for products of many tokens; None: they are left to torch."""
 
     @abstractmethod
     def __call__(

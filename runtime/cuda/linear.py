@@ -25,7 +25,6 @@ from trtx.converters.spec import Activation
 from trtx.quantize.formats import E4M3, FORMATS, Format
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
-from trtx.runtime.ops.torch_ops import ResidentNorm
 
 SKINNY, SKINNY_CODES = 64, 16
 """The most tokens that `skinny` multiplies, with weights of 16 and of 8 bits: measured against cuBLAS on an H100."""
@@ -190,34 +189,18 @@ def dense(name: str, weight: Tensor, rows: tuple[int, ...]) -> CudaLinear:
     return resident(name, FORMATS["none"], {"weight": weight}, rows, weight.dtype)
 
 
-def linear(
-    launch: Launch, x: Tensor, w: CudaLinear, *, norm: ResidentNorm | None = None, add_to: Tensor | None = None
-) -> Tensor:
+def linear(launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
     """x [M, K] times the weight, plus its bias → [M, N].
 
     Args:
-        norm: of x, where `norms` says so.
-        add_to: [M, N], where `adds` says so: the product is added to it, and it is returned.
+        add_to: [M, N], to which the product is added, and which is returned.
     """
-    return _linear(launch, x, w, None, norm, add_to)
+    return _linear(launch, x, w, None, add_to)
 
 
-def gated(
-    launch: Launch, x: Tensor, w: CudaLinear, activation: Activation, *, norm: ResidentNorm | None = None
-) -> Tensor:
+def gated(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation) -> Tensor:
     """act(gate) * up of x [M, K], for a weight whose rows are the gate's and as many of up → [M, N / 2]."""
-    return _linear(launch, x, w, activation, norm, None)
-
-
-def norms(x: Tensor, w: CudaLinear, norm: ResidentNorm) -> bool:
-    """Whether the kernel that multiplies x can normalize it first."""
-    plain = norm.norm.kind == "rms" and norm.bias is None and norm.weight.dim() == 1
-    return plain and len(x) == 1 and not w.words and w.rounding is None and w.way.input != "by token"
-
-
-def adds(x: Tensor, w: CudaLinear) -> bool:
-    """Whether what multiplies x can add the product to something."""
-    return len(x) <= _most_tokens(w, x.dtype) or (w.weight.dtype == x.dtype and w.bias is None)
+    return _linear(launch, x, w, activation, None)
 
 
 def gated_activation(launch: Launch, y: Tensor, activation: Activation) -> Tensor:
@@ -259,14 +242,7 @@ def quantize(launch: Launch, x: Tensor, w: CudaLinear) -> tuple[Tensor, Tensor |
     return codes, None
 
 
-def _linear(
-    launch: Launch,
-    x: Tensor,
-    w: CudaLinear,
-    activation: Activation | None,
-    norm: ResidentNorm | None,
-    add_to: Tensor | None,
-) -> Tensor:
+def _linear(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation | None, add_to: Tensor | None) -> Tensor:
     x = x.contiguous()
     if w.rounding is not None:
         x = w.rounding.activation(x, w.tensors)
@@ -284,12 +260,12 @@ def _linear(
         given = "codes"
     else:
         x_scale, given = None, w.way.input
-    operands = (w.weight, w.scale, w.scales, w.smooth, x_scale, w.bias, add_to, out)
+    operands = (x, w.weight, w.scale, w.scales, w.smooth, x_scale, w.bias, add_to, out)
     constants["INPUT"] = given
     if m == 1:
-        _gemv(launch, x, norm, operands, constants, w.weight.itemsize)
+        _gemv(launch, operands, constants, w.weight.itemsize)
     else:
-        _skinny(launch, (x, *operands), constants, w, m)
+        _skinny(launch, operands, constants, w, m)
     return out
 
 
@@ -364,27 +340,12 @@ def skinny4_shape(m: int, n: int, k: int) -> Skinny:
 Operands = tuple[Tensor | None, ...]
 
 
-def _gemv(
-    launch: Launch,
-    x: Tensor,
-    norm: ResidentNorm | None,
-    operands: Operands,
-    constants: dict[str, Constant],
-    itemsize: int,
-) -> None:
+def _gemv(launch: Launch, operands: Operands, constants: dict[str, Constant], itemsize: int) -> None:
     n, k, parts = constants["N"], constants["K"], 2 if constants["GATED"] else 1
     assert isinstance(n, int) and isinstance(k, int)
     rows, block, warps = gemv_shape(n, k, itemsize, parts)
     launch(
-        "linear.gemv",
-        (-(-n // rows),),
-        (x, norm.weight if norm else None, *operands),
-        {
-            **constants, "ROWS": rows, "BLOCK_K": block, "EPS": norm.norm.eps if norm else 0.0,
-            "BLOCK_X": power_of_two(k) if norm else 0,
-        },
-        warps,
-        stages=1,
+        "linear.gemv", (-(-n // rows),), operands, {**constants, "ROWS": rows, "BLOCK_K": block}, warps, stages=1,
         pdl=True,
     )  # fmt: skip
 
@@ -467,22 +428,30 @@ def _partials(shape: Skinny, tiles: int, parts: int, w: CudaLinear) -> Tensor | 
 
 
 def _product(launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
-    """x times the weight, for many tokens."""
-    weight, bias, dtype = w.weight, w.bias, x.dtype
-    if add_to is not None:
-        return torch.addmm(add_to, x, weight.t(), out=add_to)
-    if weight.dtype == dtype:
-        return F.linear(x, weight, bias)
-    if w.way.input == "plain" or w.words:
+    """x times the weight, for many tokens: by cuBLASLt, or by torch where that is not there or refuses."""
+    products, dtype, adding = launch.products, x.dtype, add_to is not None
+    if w.way.input == "plain" or w.words or w.weight.dtype == dtype:
         given = x if w.smooth is None else quantize(launch, x, w)[0]
-        return F.linear(given, _dequantized(launch, w, dtype), bias)
-    codes, by_token = quantize(launch, x, w)
-    step = w.input_scale if by_token is None else by_token[:, None]
-    assert step is not None and w.scale is not None
-    if weight.dtype == E4M3 and _multiplies_codes(x, w):
-        scale = w.scale if by_token is None else w.scale[None]
-        return torch._scaled_mm(codes, weight.t(), step, scale, bias=bias, out_dtype=dtype)
-    return F.linear((codes.float() * step).to(dtype), _dequantized(launch, w, dtype), bias)
+    else:
+        codes, by_token = quantize(launch, x, w)
+        step = w.input_scale if by_token is None else by_token[:, None]
+        assert step is not None and w.scale is not None
+        if w.weight.dtype == E4M3 and _multiplies_codes(x, w):
+            y = None
+            if products is not None:
+                y = products.scaled(codes, w.weight, step, w.scale, w.bias, add_to, adding, dtype)
+            if y is None:
+                scale = w.scale if by_token is None else w.scale[None]
+                y = torch._scaled_mm(codes, w.weight.t(), step, scale, bias=w.bias, out_dtype=dtype)
+                return y if add_to is None else add_to.add_(y)
+            return y
+        given = (codes.float() * step).to(dtype)
+    weight = w.weight if w.weight.dtype == dtype else _dequantized(launch, w, dtype)
+    y = None if products is None else products.linear(given, weight, w.bias, add_to, adding)
+    if y is None:
+        y = F.linear(given, weight, w.bias)
+        return y if add_to is None else add_to.add_(y)
+    return y
 
 
 def _multiplies_codes(x: Tensor, w: CudaLinear) -> bool:

@@ -19,7 +19,7 @@ from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda import attention, elementwise, linear
 from trtx.runtime.cuda import experts as grouped
 from trtx.runtime.cuda.attention import HeadNorm, Rotation, Slopes
-from trtx.runtime.cuda.deferred import Normed, Product, value
+from trtx.runtime.cuda.deferred import Product, value
 from trtx.runtime.cuda.launch import Launch
 from trtx.runtime.cuda.linear import CudaLinear
 from trtx.runtime.cuda.step import CudaStep
@@ -110,28 +110,21 @@ class CudaOps(TorchOps):
     def norm(self, x: Value, weight: ResidentNorm) -> Tensor:
         return elementwise.norm(self.launch, value(x), weight)
 
-    def add_norm(self, x: Value, delta: Value | None, weight: ResidentNorm) -> tuple[Tensor, Value]:
-        x = value(x)
-        if isinstance(delta, Product) and linear.adds(delta.x, delta.weight):
+    def add_norm(self, x: Tensor, delta: Value | None, weight: ResidentNorm) -> tuple[Tensor, Tensor]:
+        if isinstance(delta, Product):
             x, delta = delta.added(x), None
-        if delta is not None:
-            return elementwise.add_norm(self.launch, x, value(delta), weight)
-        return x, Normed(self.launch, x, weight)
+        return elementwise.add_norm(self.launch, x, delta, weight)
 
     def add(self, a: Value, b: Value | float) -> Tensor:
-        if isinstance(b, Product):
-            return b.added(value(a))
-        return super().add(value(a), value(b))
+        return b.added(value(a)) if isinstance(b, Product) else super().add(value(a), b)
 
     def mul(self, a: Value, b: Value | float) -> Tensor:
-        return super().mul(value(a), value(b))
+        return super().mul(value(a), b)
 
-    def linear(self, x: Value, weight: CudaLinear | ResidentLinear) -> Tensor:
+    def linear(self, x: Tensor, weight: CudaLinear | ResidentLinear) -> Tensor:
         if isinstance(weight, ResidentLinear):
-            return super().linear(value(x), weight)
-        if isinstance(x, Normed) and linear.norms(x.x, weight, x.norm):
-            return linear.linear(self.launch, x.x, weight, norm=x.norm)
-        return linear.linear(self.launch, value(x), weight)
+            return super().linear(x, weight)
+        return linear.linear(self.launch, x, weight)
 
     def project(self, x: Tensor, weight: CudaLinear) -> Product:
         return Product(self.launch, x, weight)
@@ -139,15 +132,11 @@ class CudaOps(TorchOps):
     def split(self, y: Tensor, weight: Any) -> Sequence[Tensor]:
         return y.split(weight.rows, dim=-1)
 
-    def mlp(self, x: Value, weights: Mlp, activation: Activation) -> Value:
+    def mlp(self, x: Tensor, weights: Mlp, activation: Activation) -> Value:
         group = weights.gate_up
-        if len(group) != 1 or len(group[0].rows) != 2:
-            return super().mlp(x, weights, activation)
-        if isinstance(x, Normed) and linear.norms(x.x, group[0], x.norm):
-            y = linear.gated(self.launch, x.x, group[0], activation, norm=x.norm)
-        else:
-            y = linear.gated(self.launch, value(x), group[0], activation)
-        return self.project(y, weights.down)
+        if len(group) == 1 and len(group[0].rows) == 2:
+            return self.project(linear.gated(self.launch, x, group[0], activation), weights.down)
+        return super().mlp(x, weights, activation)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Tensor:
         cache, spec = step.cache, self.spec
@@ -197,16 +186,16 @@ class CudaOps(TorchOps):
         scale, rank = self.spec.attention_scale_of(layer), latent.shape[-1]
         return attention.latent_attention(self.launch, q, latents, step.attention, table, scale=scale, rank=rank)
 
-    def route(self, x: Value, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
-        return grouped.route(self.launch, value(x), router, correction, moe)
+    def route(self, x: Tensor, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
+        return grouped.route(self.launch, x, router, correction, moe)
 
     def experts(
-        self, x: Value, routing: tuple[Tensor, Tensor], experts: Any, activation: Activation, weighs_input: bool
+        self, x: Tensor, routing: tuple[Tensor, Tensor], experts: Any, activation: Activation, weighs_input: bool
     ) -> Tensor:
         """Weights of quantized experts are dequantized when they are loaded, and their inputs are not rounded."""
         biases = experts.gate_up_bias, experts.down_bias
         return grouped.experts(
-            self.launch, value(x), *routing, experts.gate_up, experts.down, biases, activation, weighs_input
+            self.launch, x, *routing, experts.gate_up, experts.down, biases, activation, weighs_input
         )
 
     def rows(self, x: Value, step: Any) -> Value:
@@ -214,7 +203,7 @@ class CudaOps(TorchOps):
             return x
         if isinstance(x, Product):
             return replace(x, x=x.x.index_select(0, step.rows))
-        return value(x).index_select(0, step.rows)
+        return x.index_select(0, step.rows)
 
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin of every position, [max_positions, rope.dim / 2] in fp32."""

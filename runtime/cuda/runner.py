@@ -12,6 +12,7 @@ from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.cubins import CubinLaunch
+from trtx.runtime.cuda.cublaslt import TABLE, Products
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.load import loaded_store
 from trtx.runtime.cuda.ops import CudaOps
@@ -46,6 +47,9 @@ class CudaRunner(Runner):
         dtype = DTYPES[config.compute_dtype]
         dependent = torch.cuda.get_device_capability(self.device) >= (9, 0)
         launch = CubinLaunch(engine.kernels, self.device, dependent)
+        launch.products = Products(self.device, engine.kernels / TABLE)
+        if launch.products.note:
+            self.notes.append(launch.products.note)
         fp8 = limits.kv_dtype == "fp8"
         kv_dtype = E4M3 if fp8 else DTYPES[limits.kv_dtype]
         self.layout = KVLayout.of(spec, limits.kv_block_size, kv_dtype.itemsize)

@@ -121,32 +121,15 @@ def _finished(
 
 
 @triton.jit
-def _norm_factor(x, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """1 / the root mean square of x [K]."""
-    v = _vector(x, tl.arange(0, BLOCK), K, K == BLOCK)
-    return tl.rsqrt(tl.sum(v * v, 0) / K + EPS)
-
-
-@triton.jit
-def _normed(x, factor, norm, k, K: tl.constexpr, WHOLE: tl.constexpr):
-    """Elements k of x in fp32; with a `norm`, multiplied with its factor and weight, and rounded to x's dtype."""
-    v = _vector(x, k, K, WHOLE)
-    if norm is not None:
-        v = (v * factor * _vector(norm, k, K, WHOLE)).to(x.dtype.element_ty).to(tl.float32)
-    return v
-
-
-@triton.jit
 def gemv(
-    x, norm, weight, scale, scales, smooth, x_scale, bias, residual, out,
+    x, weight, scale, scales, smooth, x_scale, bias, residual, out,
     N: tl.constexpr, K: tl.constexpr, INPUT: tl.constexpr, SCALE: tl.constexpr,
     GATED: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    EPS: tl.constexpr, BLOCK_X: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N] = x [K] times weight [N, K] (gated: [2N, K]) of a float dtype, e4m3 or int8; ROWS outputs a program.
 
-    norm: the weight [K] of an RMSNorm of x that comes first; residual: [N], added in the end. Either may be None.
+    residual: [N], added in the end, or None.
 
     The weight's first block is on its way while the kernel before still runs. (More of it, fetched into the L2 cache
     meanwhile, made an H100 slower.)
@@ -167,8 +150,7 @@ def gemv(
     inside = row < N
     if residual is not None:
         added = tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
-    factor = _norm_factor(x, K, EPS, BLOCK_X) if norm is not None else 1.0
-    v = _multiplied(_normed(x, factor, norm, k, K, WHOLE), smooth, inverse, k, K, INPUT, WHOLE)
+    v = _multiplied(_vector(x, k, K, WHOLE), smooth, inverse, k, K, INPUT, WHOLE)
     sums = w.to(tl.float32) * v[None, :]
     if GATED:
         up_sums = u.to(tl.float32) * v[None, :]
@@ -177,7 +159,7 @@ def gemv(
         w = _block(tile + start, row, at, N, K, ROWS, BLOCK_K)
         if GATED:
             u = _block(tile + N * K + start, row, at, N, K, ROWS, BLOCK_K)
-        v = _multiplied(_normed(x, factor, norm, at, K, WHOLE), smooth, inverse, at, K, INPUT, WHOLE)
+        v = _multiplied(_vector(x, at, K, WHOLE), smooth, inverse, at, K, INPUT, WHOLE)
         sums += w.to(tl.float32) * v[None, :]
         if GATED:
             up_sums += u.to(tl.float32) * v[None, :]

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from tests.kernels.checks import DTYPES
 from tests.kernels.checks import poisoned as poisoned
-from trtx.converters.spec import Activation, Norm
+from trtx.converters.spec import Activation
 from trtx.quantize.formats import FORMATS, Format
 from trtx.quantize.weight import LinearWeight
-from trtx.runtime.cuda import elementwise, linear
-from trtx.runtime.cuda.deferred import Product
+from trtx.runtime.cuda import linear
 from trtx.runtime.cuda.launch import Launch, RecordLaunch
 from trtx.runtime.cuda.linear import CudaLinear
 from trtx.runtime.ops.base import Mlp
-from trtx.runtime.ops.torch_ops import ResidentNorm, TorchOps
+from trtx.runtime.ops.torch_ops import TorchOps
 
 TOKENS = [1, 3, 17, 70]
 """One for each way to multiply, and two for tiles of `skinny`; 4-bit weights go to cuBLAS later."""
@@ -73,40 +72,10 @@ def test_formats(launch: Launch, device: torch.device, form: str, m: int) -> Non
     x = torch.randn(m, 192).to(device, torch.bfloat16)
     w, wanted = resident(weight, x.dtype), exact(x, weight)
     assert_close(linear.linear(launch, x, w), wanted, x.dtype)
-    if linear.adds(x, w):
-        residual = 10 * torch.randn(m, n).to(device, x.dtype)
-        before = residual.double()
-        assert linear.linear(launch, x, w, add_to=residual) is residual
-        assert_close(residual, before + wanted, x.dtype)
-
-
-@pytest.mark.parametrize("m", TOKENS)
-@pytest.mark.parametrize("bias", [False, True])
-def test_added_to_the_residual_stream(launch: Launch, device: torch.device, m: int, bias: bool) -> None:
-    weight = stored(FORMATS["none"], 64, 96, torch.bfloat16, device)
-    if not bias:
-        del weight.tensors["bias"]
-    w, x = resident(weight, torch.bfloat16), torch.randn(m, 96).to(device, torch.bfloat16)
-    residual = 10 * torch.randn(m, 64).to(device, x.dtype)
-    wanted = residual.double() + exact(x, weight)
-    assert linear.adds(x, w) == (m <= 64 or not bias)
-    assert_close(Product(launch, x, w).added(residual), wanted, x.dtype)
-
-
-@pytest.mark.parametrize("form", [form for form in FORMATS if FORMATS[form].bits != 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_of_the_input(launch: Launch, device: torch.device, form: str, dtype: torch.dtype) -> None:
-    """The same as a norm of its own, to the last bit."""
-    weight = stored(FORMATS[form], 18, 320, dtype, device)
-    w, x = resident(weight, dtype), 3 * torch.randn(1, 320).to(device, dtype)
-    norm = ResidentNorm((1 + torch.randn(320) / 4).to(device, dtype), None, Norm(1e-5))
-    if form in ("fp8_pc_pt", "mxfp8"):
-        assert not linear.norms(x, w, norm)
-        return
-    apart = elementwise.norm(launch, x, norm)
-    assert torch.equal(linear.linear(launch, x, w, norm=norm), linear.linear(launch, apart, w))
-    together = linear.gated(launch, x, w, Activation("silu"), norm=norm)
-    assert torch.equal(together, linear.gated(launch, apart, w, Activation("silu")))
+    residual = 10 * torch.randn(m, n).to(device, x.dtype)
+    before = residual.double()
+    assert linear.linear(launch, x, w, residual) is residual
+    assert_close(residual, before + wanted, x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

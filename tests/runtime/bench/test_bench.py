@@ -84,6 +84,41 @@ def test_files_are_written_and_compared(engine, tmp_path):
     assert trtx(*other, "--compare-anyway").exit_code == 0
 
 
+def test_a_profile_says_what_steps_of_each_phase_do(engine, tmp_path):
+    """Four requests decode together, all prefilled in one step; nothing is left behind of them."""
+    path = tmp_path / "profile.html"
+    asked = ("--isl", 8, "--osl", 20, "--num-requests", 4, "--profile", path)
+    result = trtx("bench", engine, *asked, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["metrics"]["prefill"]["tokens"] == 4 * 8 and report["metrics"]["decode"]["tokens"] == 4 * 19
+    assert report["profile"]["of"] == "operators"
+    prefill, decode = report["profile"]["phases"]
+    assert (prefill["phase"], prefill["steps"], prefill["tokens"]) == ("prefill", 1, 32)
+    assert (decode["phase"], decode["steps"], decode["tokens"]) == ("decode", 16, 4)
+    for phase in (prefill, decode):
+        assert sum(row["percent"] for row in phase["rows"]) == pytest.approx(100)
+        assert sum(row["ms"] for row in phase["rows"]) == pytest.approx(phase["ms"])
+        rows = {row["kernel"]: row for row in phase["rows"]}
+        assert rows["mm"]["calls"] == 2 * 4 + 1, "qkv, o, gate and up, down in two layers, and the head"
+        assert all(row["bytes"] is None and row["bandwidth_percent"] is None for row in phase["rows"])
+    page = path.read_text(encoding="utf-8")
+    assert "<svg" in page and "profile of decode" in page
+    assert "% of the bandwidth" not in page, "nothing is known of bytes"
+
+
+def test_a_profile_of_long_prompts_has_mixed_steps(tmp_path):
+    """Prompts are prefilled in two steps; the second one also decodes."""
+    folder = tmp_path / "config.json"
+    folder.write_text(json.dumps(CONFIG))
+    limits = ("--max-batch-size", 4, "--max-seq-len", 64, "--kv-block-size", 8, "--max-num-tokens", 32)
+    assert trtx("build", f"random:{folder}", tmp_path / "engine", "--gpu", "cpu", *limits).exit_code == 0
+    asked = ("--isl", 24, "--osl", 8, "--num-requests", 2, "--profile", tmp_path / "profile.png", "--json")
+    report = json.loads(trtx("bench", tmp_path / "engine", *asked).stdout)
+    assert report["metrics"]["mixed"]["steps"] == 1
+    assert [phase["phase"] for phase in report["profile"]["phases"]] == ["prefill", "mixed", "decode"]
+
+
 def test_a_dataset_is_served(engine, tmp_path):
     path = tmp_path / "data.jsonl"
     lines = [{"task_id": i, "input_ids": [i, 2, 3], "output_tokens": 2 + i} for i in range(3)]
@@ -115,6 +150,7 @@ def test_a_shared_prefix_is_reused_unless_reuse_is_off(engine):
         (("--dataset", "nowhere.jsonl"), ExitCode.INPUT),
         (("--dataset", "nowhere.jsonl", "--isl", "8"), ExitCode.USAGE),
         (("--plot", "plot.bmp"), ExitCode.OUTPUT),
+        (("--profile", "profile.bmp"), ExitCode.OUTPUT),
         (("--output", "/dev/null/report.json"), ExitCode.OUTPUT),
         (("--output", "."), ExitCode.OUTPUT),
         (("--compare", "nowhere.json"), ExitCode.INPUT),

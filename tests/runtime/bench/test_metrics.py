@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 
+from tests.builder.models import TINY, spec_of
+from trtx.builder.engine import EngineConfig, Fingerprint, Limits, ParallelMapping
+from trtx.converters.checkpoint import CheckpointConfig
 from trtx.runtime.bench.metrics import Stats, measure
-from trtx.runtime.bench.roofline import Ceiling, Cost
-from trtx.runtime.bench.trace import Outcome, RequestTrace, StepTrace, Trace
+from trtx.runtime.bench.roofline import Ceiling, Cost, step_cost
+from trtx.runtime.bench.trace import Outcome, Phase, RequestTrace, Slice, StepTrace, Trace
 
 CEILING = Ceiling(bytes_per_s=1000e9, flops_per_s=100e12, source="a table")
 
 
-def cost(sequences, context_tokens):
-    return Cost(bytes=10**9 + 10**6 * context_tokens, flops=10**12 * sequences)
+def cost(step):
+    return Cost(bytes=10**9 + 10**6 * step.context_tokens, flops=10**12 * (step.decode_tokens + step.prefill_tokens))
 
 
 def make_trace():
@@ -75,6 +78,46 @@ def test_decode_counts_only_steps_without_prefill():
     assert decode.roofline_percent == pytest.approx(100 * (0.010 + 0.020) / 2)
 
 
+def test_prefill_and_mixed_steps_are_counted_apart():
+    metrics = measure(make_trace(), 1, cost, CEILING)
+    # 100 tokens are 1 s of computing, 301 are 3.01 s; their reading takes 1 and 2 ms
+    assert (metrics.prefill.steps, metrics.prefill.tokens, metrics.prefill.seconds) == (1, 100, pytest.approx(0.5))
+    assert metrics.prefill.roofline_percent == pytest.approx(100 * 1 / 0.5)
+    assert metrics.prefill.tflop_per_s == pytest.approx(100 / 0.5)
+    assert (metrics.mixed.steps, metrics.mixed.tokens) == (1, 301)
+    assert metrics.mixed.roofline_percent == pytest.approx(100 * 3.01 / 2)
+    assert list(metrics.usage) == [Phase.PREFILL, Phase.MIXED, Phase.DECODE]
+
+
+def test_a_step_that_only_launches_is_part_of_the_next():
+    steps = [StepTrace(0.0, 0.25, 0, 0, 0), StepTrace(0.25, 0.5, 100, 0, 0), StepTrace(0.75, 0.5, 0, 1, 101)]
+    metrics = measure(Trace(0.0, 1.25, steps=steps), 1, cost, CEILING)
+    assert metrics.prefill.seconds == pytest.approx(0.75) and metrics.decode.seconds == pytest.approx(0.5)
+
+
+def test_a_step_is_what_its_slices_are():
+    chunk, decode = Slice(32, 100, 0), Slice(9, 1, 1)
+    step = StepTrace.of([decode, decode, chunk], 1.0, 0.5)
+    assert step == StepTrace(1.0, 0.5, 100, 2, 20, (chunk,)) and step.phase is Phase.MIXED
+    assert StepTrace.of([decode], 0, 0).phase is Phase.DECODE and StepTrace.of([chunk], 0, 0).phase is Phase.PREFILL
+    assert StepTrace.of([], 0, 0).phase is None
+
+
+def test_cost_of_a_step_of_a_tiny_llama():
+    """fp32, 2 layers of width 64: 4 query and 2 key heads of 16, an MLP of 128, a vocabulary of 96."""
+    model = CheckpointConfig(spec_of(TINY), "fp32")
+    limits = Limits(8, 64, 128, 16, 8, "fp32")
+    config = EngineConfig("torch", model, "fp32", limits, ParallelMapping(), Fingerprint("cpu", "cpu", ""), {})
+    linears = 2 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128)
+    norms, head, kv = (2 * 2 + 1) * 64, 96 * 64, 2 * 2 * 2 * 16
+    of = step_cost(config)
+    found = of(StepTrace.of([Slice(9, 1, 1), Slice(29, 1, 1), Slice(16, 8, 0), Slice(0, 4, 1)], 0, 0))
+    assert found.bytes == 4 * (linears + norms + head + kv * (10 + 30 + 24 + 4))
+    # (query, key) pairs: 10 and 30; 17 … 24; 1 … 4. QKᵀ and PV are 2 * 2 * 16 FLOPs a pair, head and layer.
+    pairs = 10 + 30 + sum(range(17, 25)) + sum(range(1, 5))
+    assert found.flops == 2 * (14 * linears + 3 * head) + 2 * 4 * 2 * 2 * 16 * pairs
+
+
 def test_reading_can_be_the_roofline():
     slow = Ceiling(bytes_per_s=1e9, flops_per_s=1e30, source="a table")
     assert measure(make_trace(), 1, cost, slow).decode.roofline_percent == pytest.approx(100 * 5 / 2)
@@ -83,7 +126,7 @@ def test_reading_can_be_the_roofline():
 def test_a_single_token_has_no_tpot():
     trace = Trace(0.0, 1.0, [RequestTrace("a", 1, 0.0, [1.0], Outcome.COMPLETED)])
     metrics = measure(trace, 1, cost, CEILING)
-    assert metrics.tpot_ms is None and metrics.itl_ms is None and metrics.decode is None
+    assert metrics.tpot_ms is None and metrics.itl_ms is None and not metrics.usage
     assert metrics.ttft_ms.mean == metrics.e2e_ms.mean == pytest.approx(1000)
 
 

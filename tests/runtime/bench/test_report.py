@@ -36,7 +36,7 @@ def make_report(requests=None, step_seconds=0.1):
     clock = FakeClock()
     requests = requests or [request(str(i), 4, 2 + i % 7) for i in range(40)]
     trace = drive(FakeExecutor(clock, 4, step_seconds), requests, Load(), clock=clock)
-    metrics = measure(trace, 1, lambda n, context: Cost(10**9, 10**9), Ceiling(20e9, 1e12, "measured on this machine"))
+    metrics = measure(trace, 1, lambda step: Cost(10**9, 10**9), Ceiling(20e9, 1e12, "measured on this machine"))
     records = [RequestRecord.of(record, trace.start, token_times=False) for record in trace.requests]
     report = Report("2026-11-21T00:00:00+00:00", {"trtx": "0"}, ENGINE, MACHINE, WORKLOAD, metrics, records)
     return report, trace
@@ -66,7 +66,7 @@ def test_a_report_survives_its_file(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"schema": "trtx-bench-0"}', '{"a": 1}', '{"schema": "trtx-bench-1"}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": "trtx-bench-0"}', '{"a": 1}', '{"schema": "trtx-bench-2"}'])
 def test_what_is_no_report_is_named(tmp_path, content):
     path = tmp_path / "old.json"
     path.write_text(content)
