@@ -26,7 +26,7 @@ from trtx.converters.spec import Module
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.quantize.weight import LinearWeight, fusable
 from trtx.runtime.cuda.cublaslt import TABLE, Algorithm, CublasError, Problem, Products, Table, Tuned
-from trtx.runtime.cuda.linear import SKINNY, SKINNY_CODES, kernel_layout, resident
+from trtx.runtime.cuda.linear import dense, kernel_layout, most_tokens, resident
 from trtx.runtime.cuda.ops import is_expert
 from trtx.runtime.cuda.steps import CHUNKS, batch_sizes
 from trtx.runtime.weights import WeightStore, fused_groups
@@ -89,23 +89,24 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     tokens = {*decodes, *(count for count in CHUNKS if count <= most), *powers, most}
     found: dict[Problem, None] = {}
 
-    def add(kind: Problem, counts: Iterable[int]) -> None:
-        least = SKINNY if kind.scales == "none" else SKINNY_CODES
-        found.update((kind._replace(m=count), None) for count in counts if count > least)
+    def add(kind: Problem, few: int, counts: Iterable[int]) -> None:
+        found.update((kind._replace(m=count), None) for count in counts if count > few)
 
     for name, modules in fused_groups(config):
         if is_expert(name):
             continue
         whole = checkpoint is None or fusable([store.linear(it) for it in modules], store.stored(modules[0]))
         for members in [modules] if whole else [[module] for module in modules]:
-            add(_problem(store, name, members, dtype), decodes if name == "lm_head" else tokens)
+            add(*_problem(store, name, members, dtype), decodes if name == "lm_head" else tokens)
     if config.spec.tied_embeddings:
-        add(Problem(dtype, dtype, 0, config.spec.vocab_size, config.spec.hidden_size), decodes)
+        size = config.spec.vocab_size, config.spec.hidden_size
+        head = dense("lm_head", torch.empty(size, dtype=dtype, device="meta"), (size[0],))
+        add(Problem(dtype, dtype, 0, *size), most_tokens(head, dtype, gated=False), decodes)
     return sorted(found, key=lambda problem: (problem.m not in (most, *powers), problem.m))
 
 
-def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.dtype) -> Problem:
-    """How linears that are used as one are multiplied (`runtime.cuda.linear`), m left open.
+def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.dtype) -> tuple[Problem, int]:
+    """How linears that are used as one are multiplied, m left open, and the most tokens for which cuBLAS is not asked.
 
     Those of blocks that are added to the residual stream are measured so.
     """
@@ -123,7 +124,8 @@ def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.
     if n % 16 or k % 16 or dtype is torch.float32:
         scales = "none"
     add = name.endswith((".o", ".down"))
-    return Problem(dtype if scales == "none" else E4M3, dtype, 0, n, k, bias, add, scales)
+    problem = Problem(dtype if scales == "none" else E4M3, dtype, 0, n, k, bias, add, scales)
+    return problem, most_tokens(w, dtype, gated=name.endswith(".gate_up") and len(modules) == 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

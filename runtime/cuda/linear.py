@@ -2,7 +2,7 @@
 
     tokens    way
     1         `gemv`: each program reads a few rows of the weight; bound by reading it
-    to 64     `skinny`: tensor cores, programs share the K of a tile; still bound by reading it
+    few       `skinny`: tensor cores, programs share the K of a tile; still bound by reading it
     more      cuBLAS, on codes of 8 bits where it takes them, else on the weight dequantized for the call
 
 Weights of 4 bits have kernels of their own, `gemv4` and `skinny4`; up to 128 tokens, 64 at a time are less
@@ -26,8 +26,12 @@ from trtx.quantize.formats import E4M3, FORMATS, Format
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
 
-SKINNY, SKINNY_CODES = 64, 16
-"""The most tokens that `skinny` multiplies, with weights of 16 and of 8 bits: measured against cuBLAS on an H100."""
+SKINNY, SKINNY_LARGE = 64, 16
+"""The most tokens that `skinny` multiplies, measured against cuBLAS on an H100: of a gated MLP, whose activation cuBLAS
+leaves to a kernel of its own, or of a small weight; and of others, among them all codes of 8 bits."""
+
+_LARGE = 1 << 24
+"""Numbers of a weight that is not small."""
 
 SKINNY_WORDS = 128
 """The most tokens that `skinny4` multiplies, `SKINNY` at a time: 128 took an H100 26.9 ms so, in Llama-3.1-8B, and 32.8
@@ -35,6 +39,9 @@ with weights dequantized."""
 
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
+
+_PROGRAMS_OF_CODES = 191
+"""For `skinny` with codes of 8 bits, where adding up shares takes more of the time."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,7 @@ def _linear(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation | N
     if w.rounding is not None:
         x = w.rounding.activation(x, w.tensors)
     m, n = len(x), w.out_features // (1 if activation is None else 2)
-    if m > _most_tokens(w, x.dtype):
+    if m > most_tokens(w, x.dtype, activation is not None):
         y = _product(launch, x, w, add_to)
         return y if activation is None else gated_activation(launch, y, activation)
     out = x.new_empty(m, n) if add_to is None else add_to
@@ -269,13 +276,14 @@ def _linear(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation | N
     return out
 
 
-def _most_tokens(w: CudaLinear, dtype: torch.dtype) -> int:
+def most_tokens(w: CudaLinear, dtype: torch.dtype, gated: bool) -> int:
     """The most tokens that are not left to cuBLAS."""
     if dtype == torch.float32:
         return 1
     if w.words:
         return SKINNY_WORDS
-    return SKINNY if w.weight.itemsize > 1 else SKINNY_CODES
+    small = gated or w.weight.numel() < _LARGE
+    return SKINNY if small and w.weight.itemsize > 1 else SKINNY_LARGE
 
 
 def _multiply_words(
@@ -408,13 +416,13 @@ def skinny_shape(m: int, n: int, k: int, itemsize: int, parts: int, shared: int 
     block = min(128 // itemsize * 2, power_of_two(k))
     while block > 32 and 2 * block * column > shared * 2 // 3:
         block //= 2
-    splits = _splits(-(-n // rows), -(-k // block), 4)
+    splits = _splits(-(-n // rows), -(-k // block), 4, _PROGRAMS if itemsize > 1 else _PROGRAMS_OF_CODES)
     return Skinny(rows, tokens, block, splits, stages=max(2, min(4, shared * 2 // 3 // (block * column))))
 
 
-def _splits(tiles: int, blocks: int, least: int) -> int:
+def _splits(tiles: int, blocks: int, least: int, programs: int = _PROGRAMS) -> int:
     """Programs that share the blocks of a tile's K, so that all are busy and each has `least` or more to do."""
-    splits = max(1, min(_PROGRAMS // tiles, blocks // least, 8))
+    splits = max(1, min(programs // tiles, blocks // least, 8))
     while -(-blocks // splits) * (splits - 1) >= blocks:  # the last would have nothing
         splits -= 1
     return splits
