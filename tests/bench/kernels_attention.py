@@ -159,7 +159,7 @@ def decode_cases(device: torch.device) -> Iterator[Case]:
             step, qkv, keys, values = paged(device, model, [length] * batch, [1] * batch, longest, 32, 1)
             q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
             out = torch.empty(batch, heads * dim, dtype=q.dtype, device=device)
-            own = decode_tiling(heads // kv_heads, dim, 2)
+            own = decode_tiling(heads // kv_heads, dim, 2, programs=batch * kv_heads)
             tilings = [own, Tiling(own.rows, 64, 4, 3), Tiling(own.rows, 64, 4, 7), Tiling(own.rows, 32, 4, 5)]
             if batch * kv_heads < 132:
                 splits: list[int | None] = [None, *(n for n in (8, 16, 32, 64) if n * batch * kv_heads < 1024)]
