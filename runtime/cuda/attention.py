@@ -21,11 +21,11 @@ _PROGRAMS = 4 * 132
 """How many programs of a decode step are wanted: enough to keep every multiprocessor of an H100 busy, twice over."""
 
 
-_SHORT, _LONG = 256, 1024
-"""Tokens that one program of a decode step should take at least, and where there is no lack of programs."""
+_LONG = 1024
+"""Tokens that one program of a decode step should take at least where there is no lack of programs."""
 
-_FEW = 64
-"""So many programs have a multiprocessor each, and leave as many for shares."""
+_FEW = 16
+"""So many programs, without splits, may each take all of a multiprocessor's registers."""
 
 
 @dataclass
@@ -154,8 +154,9 @@ def decode_tiling(
 ) -> Tiling:
     """For `sharing` query heads a key head, of `itemsize` bytes a number.
 
-    What few programs load before the kernel before has ended costs next to nothing: they take as much as registers
-    hold. (Llama-3.1-8B, one sequence of 140 tokens on an H100: 5 µs with tiles of 256 keys, 10 with 64.)
+    What programs load before the kernel before has ended costs next to nothing, so few of them take as much at once as
+    registers hold, and more of them a tile each. (Llama-3.1-8B in bf16 on an H100: one sequence of 140 tokens takes
+    5 µs with tiles of 256 keys and 10 with 64; eight of 530 take 18 and 14.)
 
     Args:
         programs: that share the GPU's multiprocessors, without splits.
@@ -167,8 +168,9 @@ def decode_tiling(
     if width > 256:
         return Tiling(16, 16, 4, 3) if shared < H100_SHARED else Tiling(min(rows, 32), 32, 8, 5)
     if programs <= _FEW and rows == 16 and shared >= H100_SHARED:
-        return Tiling(rows, min(_SHORT, (1 << 15) // width), 8, 2)
-    return Tiling(rows, 32, 4, 5) if width > 128 else Tiling(rows, 64, 4, 5)
+        return Tiling(rows, min(256, (1 << 15) // width), 8, 2)
+    stages = 2 if programs < _PROGRAMS // 4 else 5
+    return Tiling(rows, 32, 4, stages) if width > 128 else Tiling(rows, 64, 4, stages)
 
 
 def query_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> int:
@@ -382,14 +384,13 @@ class CachedAttention:
     def _splits(self, programs: int, tiling: Tiling) -> tuple[int, int]:
         """Programs that share the keys of a sequence, and how many tiles a share has at least.
 
-        Few sequences are split so that all multiprocessors are busy, but not so small that adding up takes longer than
-        what is added; of many, only the long ones, which others would have to wait for.
+        Few sequences are split so that all multiprocessors are busy; of many, only the long ones, which others would
+        have to wait for.
         """
         longest = self.table.shape[1] * self.keys.shape[2]
         if programs >= _PROGRAMS // 4:
             return min(4, -(-longest // _LONG)), _LONG // tiling.keys
-        least = max(1, _SHORT // tiling.keys)
-        return min(power_of_two(_PROGRAMS // programs + 1) // 2, -(-longest // (least * tiling.keys))), least
+        return min(power_of_two(_PROGRAMS // programs + 1) // 2, -(-longest // tiling.keys)), 1
 
     def _constants(self, q: Tensor, tiling: Tiling) -> dict[str, Constant]:
         group, chunks = self._groups(q, tiling)

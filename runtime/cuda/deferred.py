@@ -1,24 +1,50 @@
-"""What the op set has been asked for and leaves to the word that comes next."""
+"""What the op set has been asked for and leaves to the word that comes next, which knows more.
+
+A norm may give the codes that the next linear multiplies, and the kernel that computes a block's last linear can add it
+to the residual stream. Whoever can make no use of it asks for the `value`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from trtx.runtime.cuda import linear
+from trtx.runtime.cuda import elementwise, linear
 from trtx.runtime.cuda.launch import Launch
-from trtx.runtime.cuda.linear import CudaLinear
+from trtx.runtime.cuda.linear import Codes, CudaLinear
+from trtx.runtime.ops.torch_ops import ResidentNorm
+
+
+@dataclass(frozen=True)
+class Normed:
+    """The norm of x [T, H], which is not to change before it has been computed."""
+
+    launch: Launch
+    x: Tensor
+    norm: ResidentNorm
+
+    @cached_property
+    def value(self) -> Tensor:
+        return elementwise.norm(self.launch, self.x, self.norm)
+
+    def as_input(self, reader: CudaLinear) -> Tensor | Codes:
+        """What a linear multiplies."""
+        if not linear.takes_codes(self.x, reader):
+            return self.value
+        assert reader.scales is not None
+        codes = elementwise.norm(self.launch, self.x, self.norm, (reader.scales, reader.smooth))
+        return Codes(codes, self.x.dtype)
 
 
 @dataclass(frozen=True)
 class Product:
-    """x [T, K] times a weight, a block's last: the kernel that computes it can add it to the residual stream."""
+    """x [T, K] times a weight, a block's last."""
 
     launch: Launch
-    x: Tensor
+    x: Tensor | Codes
     weight: CudaLinear
 
     @cached_property
@@ -29,7 +55,18 @@ class Product:
         """The sum with `to` [T, N], which is overwritten."""
         return linear.linear(self.launch, self.x, self.weight, to)
 
+    def rows(self, index: Tensor) -> Product:
+        """Only some rows."""
+        if isinstance(self.x, Codes):
+            return replace(self, x=self.x.rows(index))
+        return replace(self, x=self.x.index_select(0, index))
+
 
 def value(x: Any) -> Any:
     """x, computed now if it was left for later."""
-    return x.value if isinstance(x, Product) else x
+    return x.value if isinstance(x, (Normed, Product)) else x
+
+
+def as_input(x: Tensor | Normed, reader: CudaLinear) -> Tensor | Codes:
+    """x as a linear multiplies it."""
+    return x.as_input(reader) if isinstance(x, Normed) else x

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trtx.quantize.formats import E4M3
 from trtx.runtime.cuda.launch import Launch, power_of_two
 from trtx.runtime.ops.torch_ops import ResidentNorm
 
@@ -45,20 +46,22 @@ def embed(
     return out
 
 
-def add_norm(launch: Launch, x: Tensor, delta: Tensor | None, weight: ResidentNorm) -> tuple[Tensor, Tensor]:
-    """The residual stream x + delta, [T, H], and its norm. No delta: x itself."""
-    if delta is None:
-        return x, norm(launch, x, weight)
+def add_norm(launch: Launch, x: Tensor, delta: Tensor, weight: ResidentNorm) -> tuple[Tensor, Tensor]:
+    """The residual stream x + delta, [T, H], and its norm."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     _norm(launch, x[:, None], out, weight.weight, weight.bias, weight.norm.eps, weight.norm.kind, delta, total)
     return total, out
 
 
-def norm(launch: Launch, x: Tensor, weight: ResidentNorm) -> Tensor:
-    """Normalize over the last dimension of x, [T, H] or [T, heads, H] (any strides but the last) → contiguous."""
-    out = x.new_empty(x.shape)
+def norm(launch: Launch, x: Tensor, weight: ResidentNorm, codes: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+    """Normalize over the last dimension of x, [T, H] or [T, heads, H] (any strides but the last) → contiguous.
+
+    Args:
+        codes: the scales and what is multiplied before, of a linear that multiplies e4m3 codes: those are returned.
+    """
+    out = x.new_empty(x.shape, dtype=E4M3 if codes else x.dtype)
     rows = x if x.dim() == 3 else x[:, None]
-    _norm(launch, rows, out, weight.weight, weight.bias, weight.norm.eps, weight.norm.kind)
+    _norm(launch, rows, out, weight.weight, weight.bias, weight.norm.eps, weight.norm.kind, codes=codes)
     return out
 
 
@@ -96,6 +99,7 @@ def _norm(
     kind: str,
     delta: Tensor | None = None,
     total: Tensor | None = None,
+    codes: tuple[Tensor, Tensor | None] | None = None,
 ) -> None:
     """x [T, heads, H]; `delta`, `total` and `out` have as many rows of H, contiguous."""
     tokens, heads, width = x.shape
@@ -113,7 +117,7 @@ def _norm(
         "CENTERED": kind == "layer",
         "OWN_WEIGHTS": weight is not None and weight.dim() == 2,
     }
-    arguments = (x, delta, weight, bias, total, out, tokens * heads)
+    arguments = (x, delta, weight, bias, *(codes or (None, None)), total, out, tokens * heads)
     grid = (-(-tokens * heads // rows),)
     launch("elementwise.norm", grid, arguments, constants, warps=_warps(rows * block), pdl=True)
 

@@ -8,7 +8,7 @@ in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,9 +19,9 @@ from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda import attention, elementwise, linear
 from trtx.runtime.cuda import experts as grouped
 from trtx.runtime.cuda.attention import HeadNorm, Rotation, Slopes
-from trtx.runtime.cuda.deferred import Product, value
+from trtx.runtime.cuda.deferred import Normed, Product, as_input, value
 from trtx.runtime.cuda.launch import Launch
-from trtx.runtime.cuda.linear import CudaLinear
+from trtx.runtime.cuda.linear import Codes, CudaLinear
 from trtx.runtime.cuda.step import CudaStep
 from trtx.runtime.ops.base import Heads, Mlp, Value
 from trtx.runtime.ops.rotary import frequencies_for
@@ -110,10 +110,13 @@ class CudaOps(TorchOps):
     def norm(self, x: Value, weight: ResidentNorm) -> Tensor:
         return elementwise.norm(self.launch, value(x), weight)
 
-    def add_norm(self, x: Tensor, delta: Value | None, weight: ResidentNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Value, delta: Value | None, weight: ResidentNorm) -> tuple[Tensor, Value]:
+        x = value(x)
         if isinstance(delta, Product):
             x, delta = delta.added(x), None
-        return elementwise.add_norm(self.launch, x, delta, weight)
+        if delta is not None:
+            return elementwise.add_norm(self.launch, x, delta, weight)
+        return x, Normed(self.launch, x, weight)
 
     def add(self, a: Value, b: Value | float) -> Tensor:
         return b.added(value(a)) if isinstance(b, Product) else super().add(value(a), b)
@@ -121,22 +124,23 @@ class CudaOps(TorchOps):
     def mul(self, a: Value, b: Value | float) -> Tensor:
         return super().mul(value(a), b)
 
-    def linear(self, x: Tensor, weight: CudaLinear | ResidentLinear) -> Tensor:
+    def linear(self, x: Value, weight: CudaLinear | ResidentLinear) -> Tensor:
         if isinstance(weight, ResidentLinear):
-            return super().linear(x, weight)
-        return linear.linear(self.launch, x, weight)
+            return super().linear(value(x), weight)
+        return linear.linear(self.launch, as_input(x, weight), weight)
 
-    def project(self, x: Tensor, weight: CudaLinear) -> Product:
+    def project(self, x: Tensor | Codes, weight: CudaLinear) -> Product:
         return Product(self.launch, x, weight)
 
     def split(self, y: Tensor, weight: Any) -> Sequence[Tensor]:
         return y.split(weight.rows, dim=-1)
 
-    def mlp(self, x: Tensor, weights: Mlp, activation: Activation) -> Value:
-        group = weights.gate_up
-        if len(group) == 1 and len(group[0].rows) == 2:
-            return self.project(linear.gated(self.launch, x, group[0], activation), weights.down)
-        return super().mlp(x, weights, activation)
+    def mlp(self, x: Value, weights: Mlp, activation: Activation) -> Value:
+        first, *others = weights.gate_up
+        if others or len(first.rows) != 2:
+            return super().mlp(x, weights, activation)
+        y = linear.gated(self.launch, as_input(x, first), first, activation, weights.down)
+        return self.project(y, weights.down)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Tensor:
         cache, spec = step.cache, self.spec
@@ -186,24 +190,22 @@ class CudaOps(TorchOps):
         scale, rank = self.spec.attention_scale_of(layer), latent.shape[-1]
         return attention.latent_attention(self.launch, q, latents, step.attention, table, scale=scale, rank=rank)
 
-    def route(self, x: Tensor, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
-        return grouped.route(self.launch, x, router, correction, moe)
+    def route(self, x: Value, router: ResidentLinear, correction: Tensor | None, moe: MoE) -> tuple[Tensor, Tensor]:
+        return grouped.route(self.launch, value(x), router, correction, moe)
 
     def experts(
-        self, x: Tensor, routing: tuple[Tensor, Tensor], experts: Any, activation: Activation, weighs_input: bool
+        self, x: Value, routing: tuple[Tensor, Tensor], experts: Any, activation: Activation, weighs_input: bool
     ) -> Tensor:
         """Weights of quantized experts are dequantized when they are loaded, and their inputs are not rounded."""
         biases = experts.gate_up_bias, experts.down_bias
         return grouped.experts(
-            self.launch, x, *routing, experts.gate_up, experts.down, biases, activation, weighs_input
+            self.launch, value(x), *routing, experts.gate_up, experts.down, biases, activation, weighs_input
         )
 
     def rows(self, x: Value, step: Any) -> Value:
         if step.rows is None:
             return x
-        if isinstance(x, Product):
-            return replace(x, x=x.x.index_select(0, step.rows))
-        return x.index_select(0, step.rows)
+        return x.rows(step.rows) if isinstance(x, Product) else value(x).index_select(0, step.rows)
 
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin of every position, [max_positions, rope.dim / 2] in fp32."""

@@ -1,4 +1,4 @@
-"""Kernels that treat each row of [T, H] by itself: embedding, residual addition with norm, activation."""
+"""Kernels that treat each row of [T, H] by itself: embedding, residual addition with norm, activation; and rounding."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def activate(x, KIND: tl.constexpr):
         if KIND == "relu2":
             y = y * y
     return y
+
+
+@triton.jit
+def rounded(v, inverse, INPUT: tl.constexpr):
+    """v times inverse as the codes of INPUT, e4m3 or int8: saturating; in fp32."""
+    v = v * inverse
+    if INPUT == "e4m3":
+        return tl.clamp(v, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv).to(tl.float32)
+    else:  # adding 1.5 * 2^23 rounds to an integer, ties to even
+        return tl.clamp(v, -128.0, 127.0, propagate_nan=tl.PropagateNan.ALL) + 12582912.0 - 12582912.0
 
 
 @triton.jit
@@ -85,6 +95,8 @@ def norm(
     delta,
     weight,
     bias,
+    scales,
+    smooth,
     total,
     out,
     rows,
@@ -105,6 +117,8 @@ def norm(
         x: [T, HEADS, WIDTH] with strides (TOKEN_STRIDE, HEAD_STRIDE, 1).
         delta: [rows, WIDTH] to add first, or absent.
         weight, bias: [WIDTH], or [HEADS, WIDTH] with OWN_WEIGHTS; either may be absent.
+        scales: of a linear that multiplies e4m3 codes, 1 / input scale first: `out` are those codes. Or absent.
+        smooth: [WIDTH], multiplied with before; or absent.
         total: where x + delta goes, rounded, which is also what is normalized.
         out: [rows, WIDTH].
     """
@@ -137,4 +151,9 @@ def norm(
         value *= factor
     if bias is not None:
         value += shift
+    if scales is not None:
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+        if smooth is not None:
+            value *= tl.load(smooth + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        value = rounded(value, tl.load(scales), "e4m3")
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)

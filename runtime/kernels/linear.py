@@ -25,21 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _activate(x, KIND: tl.constexpr):
-    """An activation of `converters.spec.Activation` in fp32; NaN stays NaN."""
-    if KIND == "silu":
-        return x * tl.sigmoid(x)
-    elif KIND == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif KIND == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2u)
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif KIND == "quick_gelu":
-        return x * tl.sigmoid(1.702 * x)
-    else:
-        positive = tl.where(x < 0, 0.0, x)
-        return positive * positive if KIND == "relu2" else positive
+from trtx.runtime.kernels.elementwise import activate, rounded
 
 
 @triton.jit
@@ -48,17 +34,7 @@ def _gate(gate, up, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexp
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
         up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    return _activate(gate, KIND) * (up + OFFSET)
-
-
-@triton.jit
-def _rounded(v, inverse, INPUT: tl.constexpr):
-    """v times inverse as the codes of INPUT, e4m3 or int8: saturating; in fp32."""
-    v = v * inverse
-    if INPUT == "e4m3":
-        return tl.clamp(v, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv).to(tl.float32)
-    else:  # adding 1.5 * 2^23 rounds to an integer, ties to even
-        return tl.clamp(v, -128.0, 127.0, propagate_nan=tl.PropagateNan.ALL) + 12582912.0 - 12582912.0
+    return activate(gate, KIND) * (up + OFFSET)
 
 
 @triton.jit
@@ -70,7 +46,7 @@ def _multiplied(
     if smooth is not None:
         v *= _vector(smooth, k, K, WHOLE)
     if INPUT == "e4m3" or INPUT == "int8":
-        v = _rounded(v, inverse, INPUT)
+        v = rounded(v, inverse, INPUT)
     return v
 
 
@@ -215,21 +191,25 @@ def skinny(
     inverse = _inverse(scales, INPUT)
     SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     begin = tl.program_id(1) * SHARE
-    # A first block of the weight is on its way while the kernel before still runs, and multiplied last.
+    # A first block of the weight is on its way while the kernel before still runs, and multiplied last. Not of codes:
+    # what is done to x takes the registers, and an H100 was slower.
+    AHEAD: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth > 8
     first = begin + offsets
-    w_first = _block(tile + first[None, :], row, first, N, K, BLOCK_N, BLOCK_K)
-    if GATED:
-        u_first = _block(tile + N * K + first[None, :], row, first, N, K, BLOCK_N, BLOCK_K)
+    if AHEAD:
+        w_first = _block(tile + first[None, :], row, first, N, K, BLOCK_N, BLOCK_K)
+        if GATED:
+            u_first = _block(tile + N * K + first[None, :], row, first, N, K, BLOCK_N, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     # e4m3 is multiplied as such where x is e4m3 too, other codes in x's dtype, which holds them exactly.
     FP8: tl.constexpr = weight.dtype.element_ty == tl.float8e4nv and (INPUT == "e4m3" or INPUT == "codes")
     MULTIPLIED: tl.constexpr = tl.float8e4nv if FP8 else x.dtype.element_ty
-    v_first = _tokens(x, smooth, inverse, m, first, M, K, INPUT, BLOCK_K, MULTIPLIED)
+    if AHEAD:
+        v_first = _tokens(x, smooth, inverse, m, first, M, K, INPUT, BLOCK_K, MULTIPLIED)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(begin + BLOCK_K, tl.minimum(begin + SHARE, K), BLOCK_K):
+    for start in range(begin + (BLOCK_K if AHEAD else 0), tl.minimum(begin + SHARE, K), BLOCK_K):
         k = start + offsets
         w = _block(tile + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
         v = _tokens(x, smooth, inverse, m, k, M, K, INPUT, BLOCK_K, MULTIPLIED)
@@ -237,9 +217,10 @@ def skinny(
         if GATED:
             u = _block(tile + N * K + k[None, :], row, k, N, K, BLOCK_N, BLOCK_K)
             up_sums = tl.dot(_cast(u, MULTIPLIED), v, up_sums, max_num_imprecise_acc=BLOCK_K)
-    sums = tl.dot(_cast(w_first, MULTIPLIED), v_first, sums, max_num_imprecise_acc=BLOCK_K)
-    if GATED:
-        up_sums = tl.dot(_cast(u_first, MULTIPLIED), v_first, up_sums, max_num_imprecise_acc=BLOCK_K)
+    if AHEAD:
+        sums = tl.dot(_cast(w_first, MULTIPLIED), v_first, sums, max_num_imprecise_acc=BLOCK_K)
+        if GATED:
+            up_sums = tl.dot(_cast(u_first, MULTIPLIED), v_first, up_sums, max_num_imprecise_acc=BLOCK_K)
     _reduced(
         sums, up_sums, row, scale, scales, x_scale, bias, residual, out, partials, counters, M,
         N, INPUT, SCALE, GATED, KIND, LIMIT, OFFSET, BLOCK_M, BLOCK_N, SPLITS,
@@ -477,11 +458,14 @@ def _write(
 
 @triton.jit
 def gated_activation(
-    y, out,
+    y, scales, smooth, out,
     WIDTH: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [T, WIDTH] = act(gate) * (up + OFFSET) for y [T, 2 * WIDTH], gate and up side by side. Grid: T, blocks."""
+    """out [T, WIDTH] = act(gate) * (up + OFFSET) for y [T, 2 * WIDTH], gate and up side by side. Grid: T, blocks.
+
+    scales, smooth: of a linear that multiplies e4m3 codes: `out` are those codes. Either may be None.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -489,7 +473,11 @@ def gated_activation(
     pair = y + tl.program_id(0).to(tl.int64) * 2 * WIDTH + i
     gate = tl.load(pair, mask=i < WIDTH, other=0.0).to(tl.float32)
     up = tl.load(pair + WIDTH, mask=i < WIDTH, other=0.0).to(tl.float32)
-    tl.store(out + tl.program_id(0).to(tl.int64) * WIDTH + i, _gate(gate, up, KIND, LIMIT, OFFSET), mask=i < WIDTH)
+    v = _gate(gate, up, KIND, LIMIT, OFFSET)
+    if scales is not None:
+        v = v.to(y.dtype.element_ty).to(tl.float32)
+        v = _multiplied(v, smooth, tl.load(scales), i, WIDTH, "e4m3", WIDTH % BLOCK == 0)
+    tl.store(out + tl.program_id(0).to(tl.int64) * WIDTH + i, v, mask=i < WIDTH)
 
 
 @triton.jit
@@ -522,7 +510,7 @@ def by_token(x, out, x_scale, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.cons
     largest = tl.max(tl.abs(v), 0)
     scale = tl.where(largest == 0, 1.0, largest / 448.0)
     tl.store(x_scale + tl.program_id(0), scale)
-    tl.store(out + row + k, _rounded(v, 1 / scale, "e4m3"), mask=k < K)
+    tl.store(out + row + k, rounded(v, 1 / scale, "e4m3"), mask=k < K)
 
 
 @triton.jit

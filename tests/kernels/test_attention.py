@@ -312,10 +312,7 @@ class TestDecode:
         q = queries(w, torch.float16, device, heads, dim)
         check(run(launch, w, q), expected_attention(w, q, dim**-0.5), torch.float16)
 
-    def test_more_shares_than_are_added_at_once(
-        self, launch: Launch, device: torch.device, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("trtx.runtime.cuda.attention._SHORT", 1)
+    def test_more_shares_than_are_added_at_once(self, launch: Launch, device: torch.device) -> None:
         w = world(device, torch.float32, [900], [1], 8, 1, 16)
         q = queries(w, torch.float32, device, 8, 16)
         check(run(launch, w, q, scale=1.0), expected_attention(w, q, 1.0), torch.float32)

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from tests.kernels.checks import DTYPES
 from tests.kernels.checks import poisoned as poisoned
-from trtx.converters.spec import Activation
+from trtx.converters.spec import Activation, Norm
 from trtx.quantize.formats import FORMATS, Format
 from trtx.quantize.weight import LinearWeight
-from trtx.runtime.cuda import linear
+from trtx.runtime.cuda import elementwise, linear
 from trtx.runtime.cuda.launch import Launch, RecordLaunch
 from trtx.runtime.cuda.linear import CudaLinear
 from trtx.runtime.ops.base import Mlp
-from trtx.runtime.ops.torch_ops import TorchOps
+from trtx.runtime.ops.torch_ops import ResidentNorm, TorchOps
 
 TOKENS = [1, 3, 17, 70]
 """One for each way to multiply, and two for tiles of `skinny`; 4-bit weights go to cuBLAS later."""
@@ -139,6 +139,32 @@ def test_codes(launch: Launch, device: torch.device, form: str) -> None:
     codes, scale = linear.quantize(launch, x, resident(weight, x.dtype))
     step = weight.tensors["input_scale"] if scale is None else scale[:, None]
     torch.testing.assert_close(codes.float() * step, weight.format.activation(x, weight.tensors))
+
+
+@pytest.mark.parametrize("form", ["fp8", "w4a8_awq"])
+def test_codes_of_norms_and_activations(launch: Launch, device: torch.device, form: str) -> None:
+    """The same as those of `quantize`."""
+    w = resident(stored(FORMATS[form], 16, 192, torch.bfloat16, device), torch.bfloat16)
+    x = 3 * torch.randn(5, 384).to(device, torch.bfloat16)
+    norm = ResidentNorm((1 + torch.randn(192) / 4).to(device, x.dtype), None, Norm(1e-5))
+    assert w.scales is not None
+    first = x[:, :192].contiguous()
+    found = elementwise.norm(launch, first, norm, (w.scales, w.smooth))
+    wanted, _ = linear.quantize(launch, elementwise.norm(launch, first, norm), w)
+    assert torch.equal(found.float(), wanted.float())
+    found = linear.gated_activation(launch, x, Activation("silu"), w)
+    wanted, _ = linear.quantize(launch, linear.gated_activation(launch, x, Activation("silu")), w)
+    assert found.dtype == x.dtype and torch.equal(found.codes.float(), wanted.float())
+
+
+def test_few_codes(launch: Launch, device: torch.device) -> None:
+    """Rows of what was made for many tokens."""
+    weight = stored(FORMATS["fp8"], 48, 192, torch.bfloat16, device)
+    w, x = resident(weight, torch.bfloat16), torch.randn(20, 192).to(device, torch.bfloat16)
+    codes = linear.Codes(linear.quantize(launch, x, w)[0], x.dtype)
+    for index in ([3], [0, 17, 5]):
+        some = torch.tensor(index, device=device)
+        assert_close(linear.linear(launch, codes.rows(some), w), exact(x[some], weight), x.dtype)
 
 
 def test_not_a_number(launch: Launch, device: torch.device) -> None:
