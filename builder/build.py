@@ -410,6 +410,8 @@ def _remarks(sizing: Sizing, backend: Backend) -> Iterator[str]:
             f"{lacking}the torch backend dequantizes {form} weights to {sizing.compute_dtype} when it loads them: "
             f"results are those of {form}, memory and speed those of {sizing.compute_dtype}."
         )
+    if form == "int4_awq" and backend.name == "cuda" and "nvrtc" not in backend.versions():
+        yield "Without NVRTC single tokens meet INT4 weights in a slower kernel (pip install nvidia-cuda-nvrtc)."
 
 
 def _fingerprint(target: Target, backend: Backend) -> Fingerprint:

@@ -22,6 +22,7 @@ from torch import Tensor
 from trtx.builder.backend import Backend
 from trtx.builder.cost import ITEMSIZE, weight_bytes
 from trtx.builder.cuda.kernels import SHARED_BYTES, compile_kernels, triton_version
+from trtx.builder.cuda.nvrtc import nvrtc_version
 from trtx.builder.shard import Shard
 from trtx.builder.sizing import Sizing
 from trtx.builder.torch_backend import CONTEXT, CUBLAS_WORKSPACE, SAMPLER_BYTES
@@ -60,7 +61,8 @@ class CudaBackend(Backend):
         return sizing
 
     def versions(self) -> dict[str, str]:
-        return {"triton": triton_version()}
+        nvrtc = nvrtc_version()
+        return {"triton": triton_version(), **({"nvrtc": nvrtc} if nvrtc else {})}
 
     def add_kernels(self, store: WeightStore | None, sizing: Sizing, draft: Draft, progress: Progress) -> None:
         from trtx.builder.cuda.trace import required_kernels

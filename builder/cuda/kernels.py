@@ -1,7 +1,7 @@
-"""Triton kernels to machine code, on any machine.
+"""Kernels to machine code, on any machine: Triton's, and those in CUDA C++ by NVRTC.
 
 Compiling happens in processes of its own (`builder.cuda.worker`). A cache holds what was compiled before, by content:
-the sources of the kernels, Triton's version, the GPU's compute capability and the variant.
+the sources of the kernels, the compiler's version, the GPU's compute capability and the variant.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import xxhash
 
 from trtx.builder.cache import cache_folder, replace_file
+from trtx.builder.cuda.nvrtc import nvrtc_version, source
 from trtx.converters.errors import MissingPackageError
 from trtx.runtime.cuda.cubins import INDEX, Cubin
 from trtx.runtime.cuda.launch import Variant
@@ -83,13 +84,14 @@ def _cached(digest: str) -> Path:
 
 
 def _digest(variant: Variant, sm: str) -> str:
-    content = repr((_sources(), triton_version(), sm, astuple(variant)))
+    made = (source(variant), nvrtc_version()) if variant.native else (_sources(), triton_version())
+    content = repr((*made, sm, astuple(variant)))
     return xxhash.xxh3_128_hexdigest(content.encode())
 
 
 @cache
 def _sources() -> str:
-    """What the kernels are made from."""
+    """What Triton's kernels are made from."""
     folder = files("trtx.runtime.kernels")
     sources = sorted((entry.name, entry.read_bytes()) for entry in folder.iterdir() if entry.name.endswith(".py"))
     return xxhash.xxh3_128_hexdigest(b"".join(name.encode() + text for name, text in sources))
@@ -134,4 +136,4 @@ def _feed(
         replace_file(_cached(_digest(variant, sm)), json.dumps(compiled).encode())
         advance(1)
     if known:
-        raise RuntimeError(f"Triton's process ended before it had compiled {next(iter(known.values()))}")
+        raise RuntimeError(f"a compiler's process ended before it had compiled {next(iter(known.values()))}")

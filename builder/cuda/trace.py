@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trtx.builder.cuda.kernels import SHARED_BYTES
+from trtx.builder.cuda.nvrtc import nvrtc_version
 from trtx.builder.sizing import Sizing
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
@@ -43,7 +44,7 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
     store = WeightStore(config, tensor, expected.__contains__)
     assert sizing.target.gpu is not None
     sm = sizing.target.gpu.sm
-    launch = RecordLaunch(dependent=float(sm) >= 9.0, shared_bytes=SHARED_BYTES[sm])
+    launch = RecordLaunch(float(sm) >= 9.0, SHARED_BYTES[sm], native=bool(nvrtc_version()))
     ops = CudaOps(config.spec, DTYPES[sizing.compute_dtype], META, sizing.max_seq_len, launch, laid_out=False)
     kv_dtype = E4M3 if sizing.kv_dtype == "fp8" else DTYPES[sizing.kv_dtype]
     with torch.inference_mode():

@@ -9,6 +9,7 @@ import json
 import sys
 from typing import Any
 
+from trtx.builder.cuda.nvrtc import compile_native
 from trtx.runtime.cuda.launch import Variant
 
 ALIGNMENT = 16
@@ -29,6 +30,9 @@ def main() -> None:
 
 def compile_variant(variant: Variant, sm: str) -> dict[str, Any]:
     """Symbol, shared memory and machine code of a kernel for a compute capability ('9.0')."""
+    if variant.native:
+        return {"symbol": variant.function, "shared_bytes": 0, "code": compile_native(variant, sm)[0].hex()}
+
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -5,7 +5,8 @@ A folder holds `index.json`, a list of kernels, and a file of machine code for e
     {"variant": {…}, "file": "….cubin", "symbol": "…", "shared_bytes": …}
 
 A kernel that Triton compiled takes its run-time arguments in order, those that are absent left out, and two pointers
-to scratch memory behind them, which no kernel here uses.
+to scratch memory behind them, which no kernel here uses. One in CUDA C++ (`Variant.native`) takes its arguments and
+nothing else, null for those that are absent.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ class CubinLaunch(Launch):
             code = {cubin.file: (folder / cubin.file).read_bytes() for cubin in found}
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder}: its kernels can't be read ({error}).", "Build the engine again.") from error
+        self.native = any(cubin.variant.native for cubin in found)
         torch.cuda.current_stream(device)  # the context has to stand
-        self._kernels = {cubin.variant: _Kernel(self._driver, cubin, code[cubin.file]) for cubin in found}
-        self._known: dict[tuple[Any, ...], _Kernel] = {}
+        self._kernels = {cubin.variant: Kernel(self._driver, cubin, code[cubin.file]) for cubin in found}
+        self._known: dict[tuple[Any, ...], Kernel] = {}
 
     def __call__(
         self,
@@ -131,8 +133,12 @@ class CubinLaunch(Launch):
         found(grid, args, torch.cuda.current_stream(self._device).cuda_stream)
 
 
-class _Kernel:
-    """One entry point, with a buffer for its arguments: eight bytes each."""
+class Kernel:
+    """An entry point in machine code, with a buffer for its arguments: eight bytes each.
+
+    Args:
+        driver: `cuda.bindings.driver`.
+    """
 
     def __init__(self, driver: Any, cubin: Cubin, code: bytes) -> None:
         self._driver = driver
@@ -142,10 +148,13 @@ class _Kernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver.cuFuncSetAttribute(self._function, attribute, cubin.shared_bytes))
         formats = {"fp32": "f4x", "i32": "i4x"}
-        present = [kind for kind in cubin.variant.types if kind != "none"]
-        self._format = struct.Struct("<" + "".join(formats.get(kind, "Q") for kind in present) + "QQ")
+        self._native = cubin.variant.native
+        self._scratch = () if self._native else (0, 0)
+        present = [kind for kind in cubin.variant.types if kind != "none" or self._native]
+        kinds = [*(formats.get(kind, "Q") for kind in present), *("Q" for _ in self._scratch)]
+        self._format = struct.Struct("<" + "".join(kinds))
         self._values = ctypes.create_string_buffer(self._format.size)
-        base, count = ctypes.addressof(self._values), len(present) + 2
+        base, count = ctypes.addressof(self._values), len(kinds)
         self._pointers = (ctypes.c_void_p * count)(*(base + 8 * index for index in range(count)))
         self._address = ctypes.addressof(self._pointers)
         self._config = config = driver.CUlaunchConfig()
@@ -158,8 +167,9 @@ class _Kernel:
             config.attrs, config.numAttrs = [attribute], 1
 
     def __call__(self, grid: tuple[int, ...], args: tuple[Argument, ...], stream: int) -> None:
-        values = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args if arg is not None]
-        self._format.pack_into(self._values, 0, *values, 0, 0)
+        given = args if self._native else (arg for arg in args if arg is not None)
+        values = [arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in given]
+        self._format.pack_into(self._values, 0, *values, *self._scratch)
         config = self._config
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.hStream = stream

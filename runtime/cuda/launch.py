@@ -38,7 +38,7 @@ class Variant:
     """A kernel, specialized: what one cubin holds.
 
     Attributes:
-        kernel: 'module.function' in `runtime.kernels`.
+        kernel: 'module.function' in `runtime.kernels`, or 'cu.function' in function.cu there.
         types: of the run-time arguments, in Triton's words; 'none' for one that is absent.
         constants: by parameter name, in the order of the names.
         warps, stages: threads / 32 of a program, and the depth of its software pipeline.
@@ -53,6 +53,16 @@ class Variant:
     stages: int
     pdl: bool
     registers: int = 0
+
+    @property
+    def native(self) -> bool:
+        """Whether it is written in CUDA C++; else in Triton."""
+        return self.kernel.startswith("cu.")
+
+    @property
+    def function(self) -> str:
+        """The kernel's name in its file."""
+        return self.kernel.partition(".")[2]
 
     def to_json(self) -> dict[str, Any]:
         """For an index of kernels."""
@@ -72,6 +82,8 @@ class Launch(ABC):
     """Whether kernels are launched with `PDL` (programmatic dependent launch): sm_90 and newer."""
     shared_bytes: int = H100_SHARED
     """Shared memory that a program may take."""
+    native: bool = False
+    """Whether kernels in CUDA C++ are launched too: NVRTC is there to compile them, or they are compiled."""
     products: Products | None = None
     """cuBLASLt, for products of many tokens; None: they are left to torch."""
 
@@ -90,7 +102,7 @@ class Launch(ABC):
         """Start a kernel.
 
         Args:
-            kernel: 'module.function' in `runtime.kernels`.
+            kernel: as in `Variant`; in CUDA C++ only where these are `native`.
             grid: programs along up to three axes.
             args: run-time arguments: tensors (as pointers), int32, fp32, or None for a pointer that is absent.
             constants: the other parameters, by name; `PDL` is added where the kernel is launched so.
@@ -175,6 +187,7 @@ class RecordLaunch(Launch):
 
     dependent: bool = False
     shared_bytes: int = H100_SHARED
+    native: bool = False
     variants: dict[Variant, None] = field(default_factory=dict)
 
     def __call__(

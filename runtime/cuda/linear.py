@@ -40,9 +40,6 @@ with weights dequantized."""
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
 
-_PROGRAMS_OF_CODES = 191
-"""For `skinny` with codes of 8 bits, where adding up shares takes more of the time."""
-
 
 @dataclass(frozen=True)
 class _Way:
@@ -196,7 +193,23 @@ def dense(name: str, weight: Tensor, rows: tuple[int, ...]) -> CudaLinear:
     return resident(name, FORMATS["none"], {"weight": weight}, rows, weight.dtype)
 
 
-def linear(launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Codes:
+    """What a linear multiplies: e4m3 codes [M, K] with the scale of its input, in the place of x in `dtype`."""
+
+    codes: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def rows(self, index: Tensor) -> Codes:
+        """Only some rows."""
+        some = self.codes.view(torch.uint8).index_select(0, index)
+        return Codes(some.view(self.codes.dtype), self.dtype)
+
+
+def linear(launch: Launch, x: Tensor | Codes, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
     """x [M, K] times the weight, plus its bias → [M, N].
 
     Args:
@@ -205,19 +218,36 @@ def linear(launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None = Non
     return _linear(launch, x, w, None, add_to)
 
 
-def gated(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation) -> Tensor:
-    """act(gate) * up of x [M, K], for a weight whose rows are the gate's and as many of up → [M, N / 2]."""
-    return _linear(launch, x, w, activation, None)
+def gated(
+    launch: Launch, x: Tensor | Codes, w: CudaLinear, activation: Activation, reader: CudaLinear | None = None
+) -> Tensor | Codes:
+    """act(gate) * up of x [M, K], for a weight whose rows are the gate's and as many of up → [M, N / 2].
+
+    Args:
+        reader: the linear that the result is for: where it `takes_codes`, they are returned.
+    """
+    if len(x) <= most_tokens(w, x.dtype, gated=True):
+        return _linear(launch, x, w, activation, None)
+    y = _linear(launch, x, w, None, None)
+    return gated_activation(launch, y, activation, reader if reader and takes_codes(y, reader) else None)
 
 
-def gated_activation(launch: Launch, y: Tensor, activation: Activation) -> Tensor:
-    """act(gate) * up of y [M, 2 * I], gate and up side by side → [M, I]."""
-    out = y.new_empty(len(y), y.shape[1] // 2)
+def takes_codes(x: Tensor, w: CudaLinear) -> bool:
+    """Whether as many tokens as x has are multiplied as e4m3 codes with one scale, so that `Codes` may come instead."""
+    few = len(x) <= most_tokens(w, x.dtype, gated=False)
+    return not few and w.way.input == "e4m3" and w.rounding is None and _multiplies_codes(x, w)
+
+
+def gated_activation(
+    launch: Launch, y: Tensor, activation: Activation, reader: CudaLinear | None = None
+) -> Tensor | Codes:
+    """act(gate) * up of y [M, 2 * I], gate and up side by side → [M, I], as codes for the `reader` if there is one."""
+    out = y.new_empty(len(y), y.shape[1] // 2, dtype=E4M3 if reader else y.dtype)
     block = min(1024, power_of_two(out.shape[1]))
     launch(
         "linear.gated_activation",
         (len(y), -(-out.shape[1] // block)),
-        (y, out),
+        (y, reader.scales if reader else None, reader.smooth if reader else None, out),
         {
             "WIDTH": out.shape[1], "KIND": activation.kind, "LIMIT": activation.limit, "OFFSET": activation.offset,
             "BLOCK": block,
@@ -225,7 +255,7 @@ def gated_activation(launch: Launch, y: Tensor, activation: Activation) -> Tenso
         warps=max(1, block // 256),
         pdl=True,
     )  # fmt: skip
-    return out
+    return Codes(out, y.dtype) if reader else out
 
 
 def quantize(launch: Launch, x: Tensor, w: CudaLinear) -> tuple[Tensor, Tensor | None]:
@@ -249,24 +279,28 @@ def quantize(launch: Launch, x: Tensor, w: CudaLinear) -> tuple[Tensor, Tensor |
     return codes, None
 
 
-def _linear(launch: Launch, x: Tensor, w: CudaLinear, activation: Activation | None, add_to: Tensor | None) -> Tensor:
-    x = x.contiguous()
-    if w.rounding is not None:
-        x = w.rounding.activation(x, w.tensors)
+def _linear(
+    launch: Launch, x: Tensor | Codes, w: CudaLinear, activation: Activation | None, add_to: Tensor | None
+) -> Tensor:
+    if isinstance(x, Tensor):
+        x = x.contiguous()
+        if w.rounding is not None:
+            x = w.rounding.activation(x, w.tensors)
     m, n = len(x), w.out_features // (1 if activation is None else 2)
     if m > most_tokens(w, x.dtype, activation is not None):
-        y = _product(launch, x, w, add_to)
-        return y if activation is None else gated_activation(launch, y, activation)
-    out = x.new_empty(m, n) if add_to is None else add_to
+        return _product(launch, x, w, add_to)
+    out = w.counters.new_empty(m, n, dtype=x.dtype) if add_to is None else add_to
     constants = {"N": n, "K": w.in_features, "SCALE": w.way.scale, **_activation(activation)}
-    if w.words:
+    x_scale, given = None, w.way.input
+    if isinstance(x, Codes):  # fewer rows than they were made for
+        assert w.scales is not None
+        x, x_scale, given = x.codes, w.scales[1].expand(m).contiguous(), "codes"
+    elif w.words:
         _multiply_words(launch, x, w, add_to, out, constants)
         return out
-    if w.way.input == "by token":
+    elif w.way.input == "by token":
         x, x_scale = quantize(launch, x, w)
         given = "codes"
-    else:
-        x_scale, given = None, w.way.input
     operands = (x, w.weight, w.scale, w.scales, w.smooth, x_scale, w.bias, add_to, out)
     constants["INPUT"] = given
     if m == 1:
@@ -294,16 +328,7 @@ def _multiply_words(
     n, k, parts = out.shape[1], w.in_features, 2 if constants["GATED"] else 1
     constants |= {"CODES": w.way.codes, "GROUP": k // w.groups.shape[1]}
     if len(x) == 1:
-        rows, words, warps = gemv4_shape(n, k, parts)
-        launch(
-            "linear.gemv4",
-            (-(-n // rows),),
-            (x, w.weight, w.groups, w.scale, w.smooth, w.bias, add_to, out),
-            {**constants, "INPUT": w.way.input, "ROWS": rows, "WORDS": words},
-            warps,
-            stages=1,
-            pdl=True,
-        )
+        _gemv4(launch, x, w, add_to, out, constants)
         return
     if w.smooth is not None:
         x, _ = quantize(launch, x, w)
@@ -327,6 +352,40 @@ def _multiply_words(
         )  # fmt: skip
 
 
+def _gemv4(
+    launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None, out: Tensor, constants: dict[str, Constant]
+) -> None:
+    """x [1, K] times a weight in words: by the kernel in CUDA C++, or where that does not fit, by Triton's."""
+    n, k, parts = out.shape[1], w.in_features, 2 if constants["GATED"] else 1
+    fits = x.dtype != torch.float32 and constants["CODES"] == "int4" and constants["GROUP"] == 128
+    native = native_gemv4_shape(n, k, parts) if launch.native and fits else None
+    if native is not None:
+        tiles, warps, blocks = native
+        launch(
+            "cu.gemv4",
+            (n * parts // (16 * tiles),),
+            (x, w.weight, w.groups, w.smooth, w.bias, add_to, out),
+            {
+                **constants, "SMOOTH": w.smooth is not None, "HALF": x.dtype == torch.float16, "TILES": tiles,
+                "BLOCKS": blocks,
+            },
+            warps,
+            stages=1,
+            pdl=True,
+        )  # fmt: skip
+        return
+    rows, words, warps = gemv4_shape(n, k, parts)
+    launch(
+        "linear.gemv4",
+        (-(-n // rows),),
+        (x, w.weight, w.groups, w.scale, w.smooth, w.bias, add_to, out),
+        {**constants, "INPUT": w.way.input, "ROWS": rows, "WORDS": words},
+        warps,
+        stages=1,
+        pdl=True,
+    )
+
+
 def gemv4_shape(n: int, k: int, parts: int) -> tuple[int, int, int]:
     """Rows a program, words at a time, and warps: as `gemv_shape`."""
     words = power_of_two(k // 8)
@@ -336,6 +395,21 @@ def gemv4_shape(n: int, k: int, parts: int) -> tuple[int, int, int]:
     while rows > 1 and n < rows * _PROGRAMS:
         rows //= 2
     return rows, words, _warps(words, 4)
+
+
+def native_gemv4_shape(n: int, k: int, parts: int) -> tuple[int, int, int] | None:
+    """How gemv4.cu is launched: tiles of 16 rows and warps of a program, programs side by side; None: it does not fit.
+
+    The best of those tried on an H100 in Llama's shapes: two tiles if that leaves a program for half of its
+    multiprocessors, and up to eight warps, which share the chunks of 512 columns evenly. A warp with several takes
+    too many registers for two programs side by side.
+    """
+    tiles = 1 if parts == 1 and (n % 32 or n < 8 * _PROGRAMS) else 2
+    rows, chunks = 16 * tiles // parts, k // 512
+    if k % 512 or n % rows:
+        return None
+    each = -(-chunks // 8)
+    return tiles, -(-chunks // each), 2 if each == 1 and n > rows * _PROGRAMS // 2 else 1
 
 
 def skinny4_shape(m: int, n: int, k: int) -> Skinny:
@@ -416,13 +490,13 @@ def skinny_shape(m: int, n: int, k: int, itemsize: int, parts: int, shared: int 
     block = min(128 // itemsize * 2, power_of_two(k))
     while block > 32 and 2 * block * column > shared * 2 // 3:
         block //= 2
-    splits = _splits(-(-n // rows), -(-k // block), 4, _PROGRAMS if itemsize > 1 else _PROGRAMS_OF_CODES)
+    splits = _splits(-(-n // rows), -(-k // block), 4)
     return Skinny(rows, tokens, block, splits, stages=max(2, min(4, shared * 2 // 3 // (block * column))))
 
 
-def _splits(tiles: int, blocks: int, least: int, programs: int = _PROGRAMS) -> int:
+def _splits(tiles: int, blocks: int, least: int) -> int:
     """Programs that share the blocks of a tile's K, so that all are busy and each has `least` or more to do."""
-    splits = max(1, min(programs // tiles, blocks // least, 8))
+    splits = max(1, min(_PROGRAMS // tiles, blocks // least, 8))
     while -(-blocks // splits) * (splits - 1) >= blocks:  # the last would have nothing
         splits -= 1
     return splits
@@ -435,31 +509,47 @@ def _partials(shape: Skinny, tiles: int, parts: int, w: CudaLinear) -> Tensor | 
     return w.counters.new_empty(tiles * shape.splits * parts * shape.rows * shape.tokens, dtype=torch.float32)
 
 
-def _product(launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
+def _product(launch: Launch, x: Tensor | Codes, w: CudaLinear, add_to: Tensor | None) -> Tensor:
     """x times the weight, for many tokens: by cuBLASLt, or by torch where that is not there or refuses."""
-    products, dtype, adding = launch.products, x.dtype, add_to is not None
-    if w.way.input == "plain" or w.words or w.weight.dtype == dtype:
+    if isinstance(x, Codes):
+        return _product_of_codes(launch, x, None, w, add_to)
+    if w.way.input == "plain" or w.words or w.weight.dtype == x.dtype:
         given = x if w.smooth is None else quantize(launch, x, w)[0]
     else:
         codes, by_token = quantize(launch, x, w)
-        step = w.input_scale if by_token is None else by_token[:, None]
-        assert step is not None and w.scale is not None
         if w.weight.dtype == E4M3 and _multiplies_codes(x, w):
-            y = None
-            if products is not None:
-                y = products.scaled(codes, w.weight, step, w.scale, w.bias, add_to, adding, dtype)
-            if y is None:
-                scale = w.scale if by_token is None else w.scale[None]
-                y = torch._scaled_mm(codes, w.weight.t(), step, scale, bias=w.bias, out_dtype=dtype)
-                return y if add_to is None else add_to.add_(y)
+            return _product_of_codes(launch, Codes(codes, x.dtype), by_token, w, add_to)
+        given = (codes.float() * _step(w, by_token)).to(x.dtype)
+    weight = w.weight if w.weight.dtype == x.dtype else _dequantized(launch, w, x.dtype)
+    if launch.products is not None:
+        y = launch.products.linear(given, weight, w.bias, add_to, add_to is not None)
+        if y is not None:
             return y
-        given = (codes.float() * step).to(dtype)
-    weight = w.weight if w.weight.dtype == dtype else _dequantized(launch, w, dtype)
-    y = None if products is None else products.linear(given, weight, w.bias, add_to, adding)
-    if y is None:
-        y = F.linear(given, weight, w.bias)
-        return y if add_to is None else add_to.add_(y)
-    return y
+    return _added(F.linear(given, weight, w.bias), add_to)
+
+
+def _product_of_codes(
+    launch: Launch, x: Codes, by_token: Tensor | None, w: CudaLinear, add_to: Tensor | None
+) -> Tensor:
+    step, scale = _step(w, by_token), w.scale
+    assert scale is not None
+    if launch.products is not None:
+        y = launch.products.scaled(x.codes, w.weight, step, scale, w.bias, add_to, add_to is not None, x.dtype)
+        if y is not None:
+            return y
+    scale = scale if by_token is None else scale[None]
+    return _added(torch._scaled_mm(x.codes, w.weight.t(), step, scale, bias=w.bias, out_dtype=x.dtype), add_to)
+
+
+def _step(w: CudaLinear, by_token: Tensor | None) -> Tensor:
+    """What codes of the input count: [], or [M, 1]."""
+    step = w.input_scale if by_token is None else by_token[:, None]
+    assert step is not None
+    return step
+
+
+def _added(y: Tensor, to: Tensor | None) -> Tensor:
+    return y if to is None else to.add_(y)
 
 
 def _multiplies_codes(x: Tensor, w: CudaLinear) -> bool:

@@ -1,0 +1,83 @@
+"""Kernels in CUDA C++ to machine code: by NVRTC, NVIDIA's compiler as a library, which needs no GPU and no toolkit."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from trtx.runtime.cuda.launch import Constant, Variant
+
+OLDEST = 12, 8
+"""The version that first knew every compute capability which kernels are compiled for."""
+
+
+@cache
+def nvrtc_version() -> str:
+    """The version of NVRTC; empty where none can be loaded, or one too old.
+
+    It comes with torch for CUDA, or as nvidia-cuda-nvrtc.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        version = checked(nvrtc.nvrtcVersion())
+    except (ImportError, RuntimeError):  # no cuda-bindings, no library
+        return ""
+    return ".".join(map(str, version)) if tuple(version) >= OLDEST else ""
+
+
+def source(variant: Variant) -> str:
+    """What is compiled: the kernel's file, its constants defined before it but for those that are None or empty."""
+    constants = {**dict(variant.constants), "WARPS": variant.warps}
+    defined = [f"#define {name} {_literal(value)}" for name, value in constants.items() if value not in (None, "")]
+    name = f"{variant.function}.cu"
+    text = (files("trtx.runtime.kernels") / name).read_text(encoding="utf-8")
+    return "\n".join([*defined, f'#line 1 "{name}"', text])
+
+
+def compile_native(variant: Variant, sm: str, options: tuple[str, ...] = ()) -> tuple[bytes, str]:
+    """Machine code of a kernel for a compute capability ('9.0'), and what NVRTC says of it.
+
+    Args:
+        options: more of NVRTC's.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    from cuda.bindings import nvrtc
+
+    program = checked(nvrtc.nvrtcCreateProgram(source(variant).encode(), variant.function.encode(), 0, [], []))
+    try:
+        chosen = [option.encode() for option in (f"--gpu-architecture=sm_{sm.replace('.', '')}", *options)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(chosen), chosen)
+        # NVRTC writes into these bytes. An empty log is one zero, and Python has one object for all bytes of length 1.
+        log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        text = log.rstrip(b"\0").decode()
+        if int(status):
+            raise RuntimeError(text)
+        code = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
+        checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code, text
+    finally:
+        checked(nvrtc.nvrtcDestroyProgram(program))
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """The value of a call of NVRTC, or its values.
+
+    Raises:
+        RuntimeError: the call failed.
+    """
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"NVRTC: {status.name}")
+    return values[0] if len(values) == 1 else values
+
+
+def _literal(value: Constant) -> str:
+    """A constant in C++: strings are the names of enumerators."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value!r}f" if isinstance(value, float) else str(value)

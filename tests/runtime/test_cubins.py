@@ -1,0 +1,73 @@
+"""Launching an engine's kernels: what the driver is given, by a driver that only takes notes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trtx.quantize.formats import FORMATS
+from trtx.runtime.cuda import cubins, linear
+from trtx.runtime.cuda.cubins import INDEX, Cubin, CubinLaunch
+from trtx.runtime.cuda.launch import RecordLaunch
+
+
+class Driver:
+    """Keeps what is launched, with the eight bytes of each of seven arguments."""
+
+    CUlaunchConfig = CUlaunchAttribute = lambda self: SimpleNamespace(value=SimpleNamespace())
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="pdl")
+
+    def __init__(self):
+        self.launched = []
+
+    def cuModuleLoadData(self, code):
+        return 0, code
+
+    def cuModuleGetFunction(self, module, name):
+        return 0, name.decode()
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        pointers = (ctypes.c_void_p * 7).from_address(parameters)
+        values = [struct.unpack("<Q", ctypes.string_at(pointer, 8))[0] for pointer in pointers]
+        self.launched.append((function, config.gridDimX, config.blockDimX, [a.id for a in config.attrs], values))
+        return (0,)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_arguments(tmp_path, monkeypatch, native):
+    """The kernel that was noted down when the engine was built is found, and gets what was launched.
+
+    Triton's leave out what is absent and take two null pointers; those in CUDA C++ take null for what is absent.
+    """
+    w = linear.resident(
+        "w", FORMATS["int4_awq"], {"weight": torch.zeros(64, 64, dtype=torch.int32), "weight_scale": torch.ones(64, 4)},
+        (64,), torch.bfloat16,
+    )  # fmt: skip
+    x, residual = (torch.zeros(1, n, dtype=torch.bfloat16) for n in (512, 64))
+    record = RecordLaunch(dependent=True, native=native)
+    linear.linear(record, x, w, residual)
+    (variant,) = record.variants
+    assert variant.native == native and variant.function == "gemv4"
+
+    cubin = Cubin(variant, "gemv4.cubin", "gemv4", 0)
+    (tmp_path / INDEX).write_text(json.dumps([cubin.to_json()]))
+    (tmp_path / cubin.file).write_bytes(b"code")
+    driver = Driver()
+    monkeypatch.setattr(cubins, "driver", lambda: driver)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=0)
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    launch = CubinLaunch(tmp_path, torch.device("cuda", 0), dependent=True)
+    assert launch.native == native
+    linear.linear(launch, x, w, residual)
+
+    given, last = [t.data_ptr() for t in (x, w.weight, w.groups)], residual.data_ptr()
+    (launched,) = driver.launched
+    values = [*given, 0, 0, last, last] if native else [*given, last, last, 0, 0]
+    assert launched == ("gemv4", 4 if native else 64, 32 * variant.warps, ["pdl"], values)
