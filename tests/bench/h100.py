@@ -1,13 +1,15 @@
 """The cuda backend on one GPU, beside what vLLM 0.26.0 reached on an H100 with the same workloads.
 
-    python tests/bench/h100.py --out h100-bench.json
-    python tests/bench/h100.py --table h100-bench.json     the table of the README
+    python -m tests.bench.h100 --out h100-bench.json
+    python -m tests.bench.h100 --load --out h100-bench.json    loading from files; its rows join those of the report
+    python -m tests.bench.h100 --table h100-bench.json         the table of the README
 
 Weights are random, prompts are random token ids, decoding is greedy and nothing is detokenized. TTFT is the time of a
 request for one token, TPOT the rest of a longer one by its tokens; medians. Throughput is output tokens by the time of
 the whole run, prefill included, all requests handed in at once and at most B running. "start" is the time from opening
-the engine to being ready. The peer's figures were measured with the same definitions on another machine of the same
-kind, and hosts differ: they are for orientation.
+the engine to being ready, its weights drawn on the GPU. With --load they are read from files, which are in the page
+cache, by a fresh process, which has imported trtx and not touched the GPU yet. The peer's figures were measured with
+the same definitions on another machine of the same kind, and hosts differ: they are for orientation.
 """
 
 from __future__ import annotations
@@ -16,21 +18,31 @@ import argparse
 import gc
 import json
 import random
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.converters import published
-from trtx.builder.build import BuildSettings, build
+from trtx.builder.build import BuildSettings, build, prepare
+from trtx.builder.engine import Engine
+from trtx.converters.artifact import create
+from trtx.converters.checkpoint import CheckpointConfig
+from trtx.converters.shards import Entry, write_shards
 from trtx.runtime.llm import BURST, LLM
 from trtx.runtime.request import Request
 from trtx.runtime.sampling import SamplingParams
+from trtx.runtime.weights import WeightStore
 
 SMOLLM2_135M = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "hidden_act": "silu",
@@ -97,6 +109,21 @@ def config_of(model: str) -> dict[str, Any]:
     return dict(entry["config"])
 
 
+def source_of(case: Case, folder: Path) -> str:
+    """What `build` makes an engine of random weights from."""
+    config = folder / f"{case.name}.json"
+    config.write_text(json.dumps(config_of(case.model)))
+    return f"random:{config}"
+
+
+def settings_of(case: Case, batch: int, length: int, gpu: str = "auto") -> BuildSettings:
+    """Of an engine for so many sequences of so many tokens."""
+    return BuildSettings(
+        backend="cuda", gpu=gpu, max_batch_size=batch, max_seq_len=length,
+        max_num_tokens=max(batch, min(8192, batch * length)), random_format=case.format,
+    )  # fmt: skip
+
+
 class Bench:
     """One case, from its engine to its rows."""
 
@@ -120,15 +147,10 @@ class Bench:
 
     def open(self, batch: int, length: int) -> tuple[LLM, float]:
         """An engine for so many sequences, and the seconds from opening it to being ready."""
-        config = self.folder / f"{self.case.name}.json"
-        config.write_text(json.dumps(config_of(self.case.model)))
-        settings = BuildSettings(
-            backend="cuda", gpu="auto", max_batch_size=batch, max_seq_len=length,
-            max_num_tokens=max(batch, min(8192, batch * length)), random_format=self.case.format,
-        )  # fmt: skip
+        settings = settings_of(self.case, batch, length)
         engine = self.folder / f"{self.case.name}-{batch}"
         began = time.perf_counter()
-        build(f"random:{config}", engine, settings, force=True)
+        build(source_of(self.case, self.folder), engine, settings, force=True)
         built = time.perf_counter() - began
         began = time.perf_counter()
         llm = LLM(engine, prefix_reuse=False)
@@ -175,6 +197,73 @@ class Bench:
         return seconds
 
 
+LOADED = ("8b-bf16", "8b-fp8")
+"""The cases whose loading is timed."""
+
+OPEN = """
+import sys, time
+from trtx import LLM
+began = time.perf_counter()
+llm = LLM(sys.argv[1], prefix_reuse=False)
+print(time.perf_counter() - began)
+"""
+
+
+def write_checkpoint(model: CheckpointConfig, out: Path, device: torch.device) -> None:
+    """A checkpoint of random weights from seed 0, drawn on the device one by one."""
+    store = WeightStore.of_seed(model, 0, device)
+    entries = [
+        Entry(name, stored.dtype, stored.shape, partial(store.tensor, name))
+        for name, stored in model.expected().items()
+    ]
+    with create(out, kind="checkpoint", command="convert", settings={}) as draft:
+        model.write(draft)
+        write_shards(draft, entries)
+
+
+def stored_engine(case: Case, folder: Path, device: torch.device, gpu: str = "auto") -> Path:
+    """An engine of the case's largest batch that holds its weights. Only a checkpoint stands beside it meanwhile."""
+    batch = max(work.batch for work in case.works)
+    settings = settings_of(case, batch, max(it.isl + it.osl for it in case.works if it.batch == batch), gpu)
+    checkpoint, engine = folder / "checkpoint", folder / case.name
+    began = time.perf_counter()
+    write_checkpoint(prepare(source_of(case, folder), settings).sizing.model, checkpoint, device)
+    written = time.perf_counter()
+    build(checkpoint, engine, settings)
+    built = time.perf_counter()
+    shutil.rmtree(checkpoint)
+    print(f"{case.name}: checkpoint in {written - began:.1f} s, engine in {built - written:.1f} s", flush=True)
+    return engine
+
+
+def read_all(files: list[Path]) -> int:
+    """Bring files into the page cache; returns their bytes."""
+    total, buffer = 0, memoryview(bytearray(16 << 20))
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer):
+                total += count
+    return total
+
+
+def load(case: Case, folder: Path, reps: int) -> dict[str, Any]:
+    """The row of a case: seconds from opening an engine of files to being ready, the median of fresh processes."""
+    engine = stored_engine(case, folder, torch.device("cuda"))
+    gc.collect()
+    torch.cuda.empty_cache()
+    size = read_all(Engine(engine).shards.files)
+    times = []
+    for _ in range(reps):
+        done = subprocess.run([sys.executable, "-c", OPEN, engine], stdout=subprocess.PIPE, text=True, check=True)
+        times.append(float(done.stdout.split()[-1]))
+    shutil.rmtree(engine)
+    seconds = statistics.median(times)
+    row = {"case": case.name, "peer": {"load_s": case.peer_start} if case.peer_start else {}}
+    row |= {"load_s": seconds, "bytes": size, "gb_s": size / seconds / 1e9, "seconds": times}
+    print(f"{case.name}: {size / 1e9:.2f} GB ready in {seconds:.2f} s, {row['gb_s']:.1f} GB/s", times, flush=True)
+    return row
+
+
 def read_ceiling() -> float:
     """TB/s at which a sum reads 4 GB of random bf16 numbers: the best of 20."""
     data = torch.randn(1 << 31, dtype=torch.bfloat16, device="cuda").view(1 << 13, -1)
@@ -189,7 +278,7 @@ def read_ceiling() -> float:
     return data.nbytes / best / 1e9
 
 
-NAMES = {"ttft_ms": "TTFT, ms", "tpot_ms": "TPOT, ms", "out_tok_s": "output tokens/s"}
+NAMES = {"ttft_ms": "TTFT, ms", "tpot_ms": "TPOT, ms", "out_tok_s": "output tokens/s", "load_s": "start from files, s"}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -199,46 +288,76 @@ def table(report: dict[str, Any]) -> str:
         "| --- | ---: | --- | --- | ---: | ---: | ---: |",
     ]
     cases = {case.name: case for case in CASES}
-    for row in report["rows"]:
+    for row in sorted(report["rows"], key=lambda row: list(cases).index(row["case"])):
         case = cases[row["case"]]
         name = f"{case.model.split('/')[-1]} {'bf16' if case.format == 'none' else case.format}"
         for key in (key for key in NAMES if key in row):
             peer, digits = row["peer"].get(key), 0 if row[key] > 100 else 2
             theirs, ratio = (f"{peer:g}", f"{row[key] / peer:.2f}") if peer else ("", "")
-            work = row["batch"], f"{row['isl']} → {row['osl']}"
-            cells = name, *work, NAMES[key], theirs, f"{row[key]:.{digits}f}", ratio
+            work = f"{row['isl']} → {row['osl']}" if "isl" in row else f"{row['bytes'] / 1e9:.1f} GB"
+            cells = name, row.get("batch", ""), work, NAMES[key], theirs, f"{row[key]:.{digits}f}", ratio
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def measure(cases: list[Case], folder: Path, reps: int, report: dict[str, Any]) -> Iterator[None]:
+    """Add the rows of cases to the report, and what kept one from being measured."""
+    report["read_ceiling_tb_s"] = read_ceiling()
+    print(f"{report['gpu']}, read ceiling {report['read_ceiling_tb_s']:.2f} TB/s", flush=True)
+    for case in cases:
+        try:
+            report["rows"] += Bench(case, folder, reps).run()
+        except Exception as error:
+            print(f"{case.name}: {error!r}", flush=True)
+            report["rows"].append({"case": case.name, "error": repr(error)})
+        yield
+
+
+def time_loading(
+    cases: list[Case], folder: Path, reps: int, report: dict[str, Any], earlier: Path | None
+) -> Iterator[None]:
+    """Make the report the earlier one, if there is one of this GPU, and put the cases' rows of loading into it."""
+    made = {"commit": report["commit"], "date": report["date"]}
+    if earlier and earlier.exists():
+        known = json.loads(earlier.read_text())
+        assert known["gpu"] == report["gpu"], f"{earlier} is of {known['gpu']}"
+        report |= known
+    for case in cases:
+        row = load(case, folder, reps) | made
+        report["rows"] = [r for r in report["rows"] if r["case"] != case.name or "load_s" not in r] + [row]
+        yield
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES])
+    parser.add_argument("--cases", nargs="*", help=f"default: all, or with --load {' and '.join(LOADED)}")
     parser.add_argument("--batches", nargs="*", type=int)
-    parser.add_argument("--reps", type=int, default=1)
+    parser.add_argument("--reps", type=int, help="default: 1, or with --load 3")
     parser.add_argument("--commit", default="")
+    parser.add_argument("--load", action="store_true", help="time loading from files; its rows join those of OUT")
     parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
     args = parser.parse_args()
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return
-    ceiling = read_ceiling()
-    print(f"{torch.cuda.get_device_name()}, read ceiling {ceiling:.2f} TB/s", flush=True)
+    names = args.cases or (LOADED if args.load else [case.name for case in CASES])
+    cases = [
+        replace(case, works=tuple(work for work in case.works if not args.batches or work.batch in args.batches))
+        for case in CASES
+        if case.name in names
+    ]
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": args.commit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "read_ceiling_tb_s": ceiling, "rows": [],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rows": [],
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
-            if case.name not in args.cases:
-                continue
-            works = tuple(work for work in case.works if not args.batches or work.batch in args.batches)
-            try:
-                report["rows"] += Bench(Case(case.name, case.model, case.format, works), Path(folder), args.reps).run()
-            except Exception as error:
-                print(f"{case.name}: {error!r}", flush=True)
-                report["rows"].append({"case": case.name, "error": repr(error)})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.load:
+            done = time_loading(cases, folder, args.reps or 3, report, args.out)
+        else:
+            done = measure(cases, folder, args.reps or 1, report)
+        for _ in done:
             if args.out:
                 args.out.write_text(json.dumps(report, indent=1))
 

@@ -1,6 +1,6 @@
-"""GPU tests: what ran, on which GPU, with what outcome and figures, goes into a JSON file.
+"""A plugin of pytest: what ran, on which GPU, with what outcome and figures, goes into a JSON file.
 
-`record_property(name, value)` in a test puts a figure beside its outcome.
+`record_property(name, value)` in a test puts a figure beside its outcome. What the file holds already is kept.
 """
 
 from __future__ import annotations
@@ -25,14 +25,6 @@ PACKAGES = ("torch", "triton", "transformers", "nvidia-modelopt", "safetensors",
 _reports: list[dict[str, Any]] = []
 
 
-@pytest.fixture(scope="session", autouse=True)
-def gpu() -> str:
-    """The GPU's name. Without one the tests fail: they were asked for."""
-    assert torch.cuda.is_available(), "tests/gpu needs a CUDA GPU"
-    assert not torch.backends.cuda.matmul.allow_tf32, "fp32 is compared with the CPU's"
-    return torch.cuda.get_device_name()
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         figures = dict(report.user_properties)
@@ -40,11 +32,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _reports.append(entry | ({"figures": figures} if figures else {}))
 
 
-def pytest_sessionfinish() -> None:
-    if RESULTS not in os.environ or not torch.cuda.is_available():
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if RESULTS not in os.environ or not torch.cuda.is_available() or hasattr(session.config, "workerinput"):
         return
     properties = torch.cuda.get_device_properties(0)
-    outcomes = [report["outcome"] for report in _reports]
+    file = Path(os.environ[RESULTS])
+    reports = [*(json.loads(file.read_text())["tests"] if file.exists() else []), *_reports]
+    outcomes = [report["outcome"] for report in reports]
     content = {
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -53,9 +47,9 @@ def pytest_sessionfinish() -> None:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": os.environ.get(COMMIT) or _commit(),
         "summary": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
-        "tests": _reports,
+        "tests": reports,
     }
-    Path(os.environ[RESULTS]).write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _versions() -> dict[str, str]:

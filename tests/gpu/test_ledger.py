@@ -1,18 +1,28 @@
-"""The ledger against CUDA's allocator: the worst steps of the torch op set never take more than was set aside."""
+"""The ledger against CUDA's allocator: the worst steps of the torch op set never take more than was set aside.
+
+And against the driver: what a process that serves an engine of the cuda backend takes of the GPU, its context included.
+"""
 
 import gc
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from tests.builder.models import LLAMA_8B, sizing, spec_of
 from tests.converters import published
+from trtx.builder.build import BuildSettings, build
+from trtx.builder.cuda import tune
+from trtx.builder.engine import Engine
 from trtx.builder.ledger import account
-from trtx.builder.torch_backend import TorchBackend
+from trtx.builder.torch_backend import CONTEXT, TorchBackend
 from trtx.converters.checkpoint import CheckpointConfig
 from trtx.quantize.formats import DTYPES, E4M3, FORMATS, Quantization
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.cuda.runner import CudaRunner
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.ops.torch_kv_cache import TorchKVCache
 from trtx.runtime.ops.torch_ops import TorchOps
@@ -119,3 +129,69 @@ def assert_fits(spec, form, compute, kv, batch, tokens, length, rounding=1e-3, l
         run(step)
     peak = torch.cuda.max_memory_allocated() - resting
     assert least * ledger.activations < peak <= ledger.activations + ledger.rope_tables
+
+
+USED = ("weights", "kv_cache", "activations", "rope_tables", "workspace")
+"""What an engine itself takes; the rest of the ledger is free, or reserve."""
+
+DRAWN = Row(
+    SamplingParams(temperature=1.0, top_k=50, top_p=0.9, presence_penalty=0.5, logprobs=5),
+    tokens=[1, 2], prompt_length=1, seed=1, index=0,
+)  # fmt: skip
+
+ALONE = "import sys; from tests.gpu.test_ledger import serve_worst_steps; serve_worst_steps(sys.argv[1])"
+
+
+def serve_worst_steps(path):
+    """Serve the largest steps of an engine, twice, with and without draws; print what the GPU has left, and torch."""
+    runner, limits = CudaRunner(Engine(path)), Engine(path).config.limits
+    blocks = runner.layout.blocks_for(limits.max_seq_len, limits.max_num_tokens)
+    assert limits.kv_blocks > blocks
+    tables = (list(range(1, blocks + 1)),) * len(runner.layout.groups)  # of every sequence: the same
+    greedy = Row(SamplingParams(temperature=0), tokens=[1, 2], prompt_length=1, seed=1, index=0)
+    for row in (DRAWN, greedy) * 2:
+        for step in worst_steps(limits, tables):
+            (sampled,) = runner.collect(runner.launch(step, [row] * len(step)))
+            assert all(it.token is not None for it in sampled)
+    torch.cuda.synchronize()
+    left = {  # torch keeps what it once took: what is left now was left at the peak
+        "free": torch.cuda.mem_get_info()[0],
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+    }
+    print(json.dumps(left))
+
+
+@pytest.mark.parametrize(
+    "form, layers, least", [("none", 32, 0.97), ("fp8", 32, 0.97), ("none", 8, None)], ids=["bf16", "fp8", "8-layers"]
+)
+def test_a_process_takes_what_the_ledger_says(form, layers, least, tmp_path, monkeypatch, record_property):
+    """On an H100 the KV cache of Llama-3.1-8B gets all that the budget leaves: the process takes that, and no more.
+
+    With 8 layers full batches need less than there is, and what is estimated (activations, context, libraries) is a
+    tenth: there the share is recorded only, since an estimate may be on the safe side.
+    """
+    monkeypatch.setattr(tune, "SECONDS", 0)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": layers}))
+    settings = BuildSettings(
+        backend="cuda", gpu="auto", max_batch_size=64, max_num_tokens=8192, max_seq_len=8192, random_format=form
+    )
+    ledger = build(f"random:{config}", tmp_path / "engine", settings).ledger
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    done = subprocess.run([sys.executable, "-c", ALONE, tmp_path / "engine"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    left = json.loads(done.stdout.splitlines()[-1])
+    used, planned = before - left["free"], sum(ledger[purpose] for purpose in USED)
+    record_property("ledger", ledger)
+    record_property("used_bytes", used)
+    record_property("used_of_the_ledger", round(used / planned, 4))
+    record_property("allocated_bytes", left["allocated"])
+    record_property("reserved_bytes", left["reserved"])
+    assert used <= planned
+    assert left["allocated"] <= planned - CONTEXT["cuda"]
+    if least is not None:
+        assert used >= least * planned
