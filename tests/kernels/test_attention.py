@@ -86,7 +86,8 @@ def world(
     known: list[list[Tensor]] = []
     for index, (length, count) in enumerate(zip(lengths, q_lens, strict=True)):
         rows = [torch.randn(length, kv_heads, dim, generator=generator) for _ in range(arrays)]
-        rows = [(row / scale).to(cached) for row, scale in zip(rows, scales, strict=False)]
+        most = torch.finfo(cached).max  # beyond, torch 2.11 makes e4m3 NaN
+        rows = [(row / scale).clamp(-most, most).to(cached) for row, scale in zip(rows, scales, strict=False)]
         for block in range(first_seen // block_size, -(-length // block_size)):
             tables[index, block] = order.pop()
             some = slice(block * block_size, min((block + 1) * block_size, length - (count if arrays > 1 else 0)))
