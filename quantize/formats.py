@@ -47,6 +47,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Literal
 
 import torch
@@ -453,15 +454,21 @@ def round_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
     largest = blocks.abs().amax(-1, keepdim=True)
     step = torch.clamp(largest / (6 * scale), max=E4M3_MAX).to(E4M3).float() * scale
     safe = torch.where(step == 0, 1.0, step)
-    values = torch.tensor(E2M1_VALUES, device=x.device)
+    values = _constants(E2M1_VALUES, x.device)
     rounded = values[e2m1_codes((blocks / safe).abs())] * blocks.sign() * step
     return rounded.flatten(-2).to(x.dtype)
 
 
+@cache
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once for a device: a CUDA graph can't capture how they get there."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
+
+
 def e2m1_codes(magnitudes: Tensor) -> Tensor:
     """Codes 0…7 of the E2M1 values nearest to non-negative `magnitudes`, ties to the even code."""
-    bounds = torch.tensor(_E2M1_BOUNDS, device=magnitudes.device)
-    ties = torch.tensor(_E2M1_TIES_UP, device=magnitudes.device)
+    bounds, ties = (_constants(values, magnitudes.device) for values in (_E2M1_BOUNDS, _E2M1_TIES_UP))
     codes = torch.searchsorted(bounds, magnitudes.contiguous())
     return codes + (magnitudes[..., None] == ties).any(-1)
 
@@ -474,7 +481,7 @@ def _pack_e2m1(values: Tensor) -> Tensor:
 
 def _unpack_e2m1(packed: Tensor) -> Tensor:
     """[O, I/2] nibbles → [O, I] values in fp32."""
-    values = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], device=packed.device)
+    values = _constants((*E2M1_VALUES, *(-v for v in E2M1_VALUES)), packed.device)
     return values[torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1).int()]
 
 

@@ -98,7 +98,8 @@ class WeightStore:
         return [fused] if fused else weights
 
     def _linear(self, module: Module, name: str, parts: tuple[tuple[str, int], ...]) -> LinearWeight:
-        tensors = {suffix: self.tensor(f"{name}.{suffix}") for suffix in self.stored(module)}
+        names = {suffix: f"{name}.{suffix}" for suffix in self.stored(module)}  # an engine may do with fewer
+        tensors = {suffix: self.tensor(full) for suffix, full in names.items() if self.has(full)}
         return LinearWeight(name, self.config.quantization.format_of(module), tensors, parts, module.split)
 
 

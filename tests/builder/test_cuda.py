@@ -26,11 +26,13 @@ from trtx.converters.artifact import Manifest
 from trtx.converters.errors import MissingPackageError, UnsupportedError
 from trtx.converters.shards import tensor_bytes
 from trtx.converters.spec import Kind
-from trtx.quantize.formats import Quantization
+from trtx.quantize.formats import FORMATS, Quantization
 from trtx.runtime.cuda.cubins import INDEX, Cubin
-from trtx.runtime.cuda.launch import Variant
+from trtx.runtime.cuda.launch import RecordLaunch, Variant
 from trtx.runtime.cuda.linear import kernel_layout
-from trtx.runtime.weights import WeightStore, fused_groups
+from trtx.runtime.cuda.load import loaded_store
+from trtx.runtime.cuda.ops import CudaOps
+from trtx.runtime.weights import WeightStore, fused_groups, load
 
 ELF_MACHINE_CUDA = 190
 """`e_machine` of NVIDIA's machine code, in the ELF header."""
@@ -226,7 +228,7 @@ def test_ledger_adds_up(form):
 # Weights in kernel layout.
 
 
-@pytest.mark.parametrize("form", ["none", "fp8", "fp8_pc_pt", "int8_sq", "w4a8_awq", "int4_awq", "nvfp4"])
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("shared", [True, False], ids=["fused", "apart"])
 def test_engine_holds_the_kernel_layout_of_the_stored_weights(write_checkpoint, tmp_path, monkeypatch, form, shared):
     """Linears whose inputs are treated alike are one, the others are apart; what is no linear is as it was."""
@@ -246,4 +248,26 @@ def test_engine_holds_the_kernel_layout_of_the_stored_weights(write_checkpoint, 
     for name, tensor in expected.items():
         found = engine.shards.tensor(name)
         assert found.dtype == tensor.dtype and tensor_bytes(found) == tensor_bytes(tensor.contiguous()), name
-    assert ("layers.0.attn.qkv.weight" in expected) == (shared or form in ("none", "fp8_pc_pt"))
+    assert_same_decoder(engine, store)
+
+
+def assert_same_decoder(engine: Engine, checkpoint: WeightStore) -> None:
+    """What a runner makes of an engine's tensors is what becomes of the checkpoint's."""
+    spec, cpu = engine.config.model.spec, torch.device("cpu")
+    decoders = [
+        load(store, CudaOps(spec, torch.bfloat16, cpu, 64, RecordLaunch(), laid_out))
+        for store, laid_out in (loaded_store(engine, cpu), (checkpoint, False))
+    ]
+    ours, theirs = ([decoder.top, *decoder.layers] for decoder in decoders)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found.keys() == expected.keys()
+        for name, wanted in expected.items():
+            for one, other in zip(flat(found[name]), flat(wanted), strict=True):
+                assert one.dtype == other.dtype and tensor_bytes(one) == tensor_bytes(other.contiguous()), name
+
+
+def flat(weight: object) -> list[torch.Tensor]:
+    """The tensors of whatever an op set made of a weight."""
+    fields = getattr(weight, "__dict__", {}) | getattr(weight, "_asdict", dict)()
+    parts = weight if isinstance(weight, (list, tuple)) else fields.values()
+    return [weight] if isinstance(weight, torch.Tensor) else [tensor for part in parts for tensor in flat(part)]
