@@ -411,7 +411,10 @@ def _remarks(sizing: Sizing, backend: Backend) -> Iterator[str]:
             f"results are those of {form}, memory and speed those of {sizing.compute_dtype}."
         )
     if form == "int4_awq" and backend.name == "cuda" and "nvrtc" not in backend.versions():
-        yield "Without NVRTC single tokens meet INT4 weights in a slower kernel (pip install nvidia-cuda-nvrtc)."
+        yield (
+            "Without NVRTC 12.8 or newer, single tokens meet INT4 weights in a slower kernel "
+            "(pip install nvidia-cuda-nvrtc)."
+        )
 
 
 def _fingerprint(target: Target, backend: Backend) -> Fingerprint:

@@ -113,6 +113,9 @@ def bench(
     if dataset and any(given is not None for given in (isl, osl, isl_stdev, osl_stdev, shared_prefix)):
         raise typer.BadParameter("--dataset has its own lengths: leave out --isl, --osl and the like.")
     settings = Settings(prompts, _load(request_rate, concurrency), num_requests, warmup, seed, prefix_reuse)
+    targets = [path.resolve() for path in (plot, profile, output) if path is not None]
+    if len(set(targets)) < len(targets):
+        raise typer.BadParameter("--plot, --profile and --output need files of their own.")
     # Whatever can be refused is refused before the time is spent.
     for picture in (plot, profile):
         if picture is not None:

@@ -27,7 +27,23 @@ META = torch.device("meta")
 
 
 def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore | None = None) -> list[Variant]:
-    """The kernels of an engine of these dimensions, in the order of their first use.
+    """The kernels of an engine of these dimensions, in the order of their first use; arguments as of `recorded`."""
+    launch, steps = recorded(sizing, layout, checkpoint)
+    with torch.inference_mode():
+        for kind, shape in steps.shapes:
+            steps.compute(kind, shape)
+        for count in _counts(sizing.max_num_tokens):
+            most = min(count, sizing.max_batch_size)
+            for rows in sorted({1, min(2, most), most}):
+                for tiles in sorted({1, count}):
+                    steps.compute("mixed", Shape(count, rows, rows, tiles, rows))
+        _choose(steps, sizing)
+    return list(launch.variants)
+
+
+@torch.inference_mode()
+def recorded(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore | None = None) -> tuple[RecordLaunch, Steps]:
+    """An engine's steps on meta tensors, and what notes down the kernels that they launch.
 
     Args:
         checkpoint: the weights. Those that linears have to agree in to be fused are read; random ones do.
@@ -47,18 +63,9 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
     launch = RecordLaunch(float(sm) >= 9.0, SHARED_BYTES[sm], native=bool(nvrtc_version()))
     ops = CudaOps(config.spec, DTYPES[sizing.compute_dtype], META, sizing.max_seq_len, launch, laid_out=False)
     kv_dtype = E4M3 if sizing.kv_dtype == "fp8" else DTYPES[sizing.kv_dtype]
-    with torch.inference_mode():
-        decoder = weights.load(store, ops)
-        cache = CudaKVCache(layout, 2, kv_dtype, META)
-        steps = Steps(decoder, ops, cache, sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len)
-        for kind, shape in steps.shapes:
-            steps.compute(kind, shape)
-        for count in _counts(sizing.max_num_tokens):
-            rows = min(count, sizing.max_batch_size)
-            for tiles in sorted({1, count}):
-                steps.compute("mixed", Shape(count, rows, rows, tiles, rows))
-        _choose(steps, sizing)
-    return list(launch.variants)
+    cache = CudaKVCache(layout, 2, kv_dtype, META)
+    limits = sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len
+    return launch, Steps(weights.load(store, ops), ops, cache, *limits)
 
 
 def _counts(most: int) -> list[int]:

@@ -21,7 +21,7 @@ from trtx.builder.cache import cache_folder, replace_file
 from trtx.builder.gpus import Target, resolve
 from trtx.builder.sizing import Sizing
 from trtx.converters.convert import Progress
-from trtx.converters.errors import InputError
+from trtx.converters.errors import InputError, MissingPackageError
 from trtx.converters.spec import Module
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.quantize.weight import LinearWeight, fusable
@@ -48,7 +48,7 @@ _SPAN, _FLOPS, _BYTES = 1.5e-3, 600e12, 3e12
 
 
 def add_algorithms(store: WeightStore | None, sizing: Sizing, folder: Path, progress: Progress) -> None:
-    """Write the table of an engine's large products beside its kernels, if the GPU that it is for is in this machine.
+    """Write the table of an engine's large products beside its kernels, if the GPU that it is for is here and free.
 
     Args:
         store: the weights; None: random ones.
@@ -57,10 +57,11 @@ def add_algorithms(store: WeightStore | None, sizing: Sizing, folder: Path, prog
     if not is_here(sizing.target):
         return
     wanted = problems(sizing, store)
-    with progress(len(wanted)) as advance:
-        table = measured(wanted, advance)
+    with suppress(torch.OutOfMemoryError, CublasError, MissingPackageError):  # an engine can do without
+        with progress(len(wanted)) as advance:
+            table = measured(wanted, advance)
+        (folder / TABLE).write_text(table.text, encoding="utf-8")
     torch.cuda.empty_cache()
-    (folder / TABLE).write_text(table.text, encoding="utf-8")
 
 
 def is_here(target: Target) -> bool:

@@ -181,6 +181,8 @@ def check_target(path: Path) -> None:
             raise OutputError(f"{path.parent}: is no folder.", "Choose another place.") from error
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: its folder can't be written.", "Choose a folder you own.")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OutputError(f"{path}: can't be written.", "Choose another name, or make the file writable.")
 
 
 @dataclass(frozen=True)

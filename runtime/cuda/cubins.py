@@ -102,7 +102,7 @@ class CubinLaunch(Launch):
             entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             found = [Cubin.from_json(entry) for entry in entries]
             code = {cubin.file: (folder / cubin.file).read_bytes() for cubin in found}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: its kernels can't be read ({error}).", "Build the engine again.") from error
         self.native = any(cubin.variant.native for cubin in found)
         torch.cuda.current_stream(device)  # the context has to stand

@@ -233,6 +233,9 @@ class Tuned:
     heuristic_us: float
 
 
+_SCALES = ("none", "tensor", "row")
+
+
 @dataclass
 class Table:
     """Algorithms chosen on one kind of GPU, with one version of the library.
@@ -274,7 +277,14 @@ class Table:
         for entry in content["entries"]:
             known = {**entry, "input": dtypes[entry["input"]], "output": dtypes[entry["output"]]}
             problem = Problem(*(known[name] for name in Problem._fields))
-            entries[problem] = Tuned(*(known[name] for name in Tuned.__dataclass_fields__))
+            tuned = Tuned(*(known[name] for name in Tuned.__dataclass_fields__))
+            whole = isinstance(problem.bias, bool) and isinstance(problem.add, bool)
+            whole &= all(isinstance(it, int) for it in (problem.m, problem.n, problem.k, tuned.workspace))
+            whole &= all(isinstance(it, (int, float)) for it in (tuned.us, tuned.heuristic_us))
+            whole &= isinstance(tuned.algorithm, str) and problem.scales in _SCALES
+            if not whole or len(bytes.fromhex(tuned.algorithm)) != ctypes.sizeof(_Algo):
+                raise ValueError(f"{entry} is no entry")
+            entries[problem] = tuned
         return cls(content["cublas"], content["gpu"], entries)
 
     @property

@@ -294,14 +294,15 @@ def _linear(
     x_scale, given = None, w.way.input
     if isinstance(x, Codes):  # fewer rows than they were made for
         assert w.scales is not None
-        x, x_scale, given = x.codes, w.scales[1].expand(m).contiguous(), "codes"
+        x, x_scale, given = x.codes, w.scales[1:].repeat(m), "codes"
     elif w.words:
         _multiply_words(launch, x, w, add_to, out, constants)
         return out
     elif w.way.input == "by token":
         x, x_scale = quantize(launch, x, w)
         given = "codes"
-    operands = (x, w.weight, w.scale, w.scales, w.smooth, x_scale, w.bias, add_to, out)
+    smooth = None if given == "codes" else w.smooth
+    operands = (x, w.weight, w.scale, w.scales, smooth, x_scale, w.bias, add_to, out)
     constants["INPUT"] = given
     if m == 1:
         _gemv(launch, operands, constants, w.weight.itemsize)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trtx.builder.engine import Engine
-from trtx.converters.errors import MismatchError
+from trtx.converters.errors import MismatchError, MissingPackageError
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
@@ -47,8 +47,11 @@ class CudaRunner(Runner):
         dtype = DTYPES[config.compute_dtype]
         dependent = torch.cuda.get_device_capability(self.device) >= (9, 0)
         launch = CubinLaunch(engine.kernels, self.device, dependent)
-        launch.products = Products(self.device, engine.kernels / TABLE)
-        if launch.products.note:
+        try:
+            launch.products = Products(self.device, engine.kernels / TABLE)
+        except MissingPackageError as error:
+            self.notes.append(f"{error} Large products are left to torch, and may be slower.")
+        if launch.products and launch.products.note:
             self.notes.append(launch.products.note)
         fp8 = limits.kv_dtype == "fp8"
         kv_dtype = E4M3 if fp8 else DTYPES[limits.kv_dtype]

@@ -11,7 +11,7 @@ Weights are [N, K] row-major; a gated linear has N gate rows, then N up rows.
     smooth   x * smooth                   1
     e4m3     e4m3(x / input scale)        input scale * weight scale: `scales` = (1 / input scale, the product)
     int8     int8(x * smooth / …)         the same
-    codes    x, codes of a `quantize`     x_scale of the token
+    codes    x, which are codes already   x_scale of the token
 
     SCALE    of the weight: one | row: `scale` [rows] | tensor: `scale` []
 

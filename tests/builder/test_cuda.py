@@ -17,12 +17,13 @@ from trtx.builder.build import Blueprint, BuildSettings, build, prepare
 from trtx.builder.cuda import kernels
 from trtx.builder.cuda.backend import CudaBackend
 from trtx.builder.cuda.kernels import SHARED_BYTES, compile_kernels
-from trtx.builder.cuda.trace import required_kernels
+from trtx.builder.cuda.trace import recorded, required_kernels
 from trtx.builder.engine import Engine
 from trtx.builder.gpus import Target, table
 from trtx.builder.ledger import account
 from trtx.builder.shard import Shard
 from trtx.converters.artifact import Manifest
+from trtx.converters.checkpoint import CheckpointConfig
 from trtx.converters.errors import MissingPackageError, UnsupportedError
 from trtx.converters.shards import tensor_bytes
 from trtx.converters.spec import Kind
@@ -32,6 +33,7 @@ from trtx.runtime.cuda.launch import RecordLaunch, Variant
 from trtx.runtime.cuda.linear import kernel_layout
 from trtx.runtime.cuda.load import loaded_store
 from trtx.runtime.cuda.ops import CudaOps
+from trtx.runtime.cuda.step import Shape
 from trtx.runtime.weights import WeightStore, fused_groups, load
 
 ELF_MACHINE_CUDA = 190
@@ -223,6 +225,22 @@ def test_ledger_adds_up(form):
     assert sum(ledger.rows.values()) == 80 * 10**9 and ledger.missing == 0
     if form == "none":
         assert ledger.weights == 2 * 8_030_261_248, "in bf16, as Meta counts the parameters"
+
+
+@pytest.mark.parametrize("tokens, batch", [(24, 8), (24, 20), (64, 8)])
+def test_kernels_of_any_step_are_there(tokens, batch):
+    """However few of a step's tokens want logits; codes of 8 bits begin at 17 tokens."""
+    asked = sizing(
+        CheckpointConfig(spec_of(TINY), "bf16", Quantization("fp8")), max_batch_size=batch, max_num_tokens=tokens,
+        max_seq_len=64,
+    )  # fmt: skip
+    layout = CudaBackend().kv_layout(asked, Shard(asked.model.spec, asked.mapping, 0))
+    known = set(required_kernels(asked, layout))
+    launch, steps = recorded(asked, layout)
+    with torch.inference_mode():
+        for count, rows, decodes in [(17, 1, 0), (tokens, 1, 0), (tokens, 2, 2), (tokens, 3, 1)]:
+            steps.compute("mixed", Shape(count, max(rows, decodes), rows, 2, decodes))
+    assert launch.variants.keys() <= known
 
 
 # Weights in kernel layout.

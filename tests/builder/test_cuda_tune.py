@@ -282,7 +282,7 @@ def test_engine_has_a_table_if_it_is_built_where_it_runs(write_checkpoint, tmp_p
     present = Target("cuda" if row else "cpu", here, row, 80 << 30)
     monkeypatch.setattr(tune, "resolve", lambda name: {"auto": present}[name])
     monkeypatch.setattr(
-        tune, "measured", lambda wanted, advance: Table(1, here, dict.fromkeys(wanted, Tuned("", 0, 1, 1)))
+        tune, "measured", lambda wanted, advance: Table(1, here, dict.fromkeys(wanted, Tuned("00" * 64, 0, 1, 1)))
     )
     monkeypatch.setattr("trtx.builder.cuda.backend.compile_kernels", lambda *args: args[2].mkdir(parents=True))
     source = write_checkpoint(spec_of(TINY)).path

@@ -128,6 +128,8 @@ def steps() -> Iterator[tuple[str, list[SequenceSlice]]]:
     for kind, count, times in (("48 decodes", SEQUENCES, 2), ("5 decodes", 5, 6), ("1 decode", 1, 12)):
         for _ in range(times):
             yield kind, pieces(range(count), 1)
+    for i in range(8, SEQUENCES):
+        yield "prompts of 20 tokens", pieces(range(i, i + 1), 20)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trtx.converters.errors import InputError
 from trtx.quantize.formats import FORMATS
 from trtx.runtime.cuda import cubins, linear
 from trtx.runtime.cuda.cubins import INDEX, Cubin, CubinLaunch
@@ -71,3 +72,14 @@ def test_arguments(tmp_path, monkeypatch, native):
     (launched,) = driver.launched
     values = [*given, 0, 0, last, last] if native else [*given, last, last, 0, 0]
     assert launched == ("gemv4", 4 if native else 64, 32 * variant.warps, ["pdl"], values)
+
+
+@pytest.mark.parametrize("damage", ["[", "null", "[1]", '{"a": 1}', '[{"variant": {"kernel": "linear.gemv"}}]'])
+def test_damaged_index_is_refused(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(cubins, "driver", Driver)
+    properties = SimpleNamespace(shared_memory_per_block_optin=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    (tmp_path / INDEX).write_text(damage)
+    with pytest.raises(InputError, match="kernels can't be read") as caught:
+        CubinLaunch(tmp_path, torch.device("cuda"), dependent=False)
+    assert "Build the engine again" in caught.value.remedy

@@ -282,6 +282,24 @@ def test_damaged_table_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"algorithm": "zz" * 64}, {"algorithm": "00"}, {"algorithm": 5}, {"us": None}, {"m": "128"}, {"workspace": "x"},
+        {"scales": "other"}, {"add": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_entry_is_refused(tmp_path, change):
+    path, table = tmp_path / TABLE, Table(1, GPU, {Problem(BF16, BF16, 1, 24, 16): tuned(1, 1.0, 2.0)})
+    content = table.to_json()
+    Table.from_json(content)
+    content["entries"][0].update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=TABLE):
+        Table.read(path)
+
+
+@pytest.mark.parametrize(
     "m, changes, expected",
     [
         (8, {}, 1),
