@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trtx.converters.errors import InputError, MissingPackageError
-from trtx.runtime.cuda.launch import Argument, Constant, Launch, Variant, type_of
+from trtx.runtime.cuda.launch import Arguments, Constants, How, Launch, Variant, type_of
 
 INDEX = "index.json"
 
@@ -109,24 +109,14 @@ class CubinLaunch(Launch):
         self._kernels = {cubin.variant: Kernel(self._driver, cubin, code[cubin.file]) for cubin in found}
         self._known: dict[tuple[Any, ...], Kernel] = {}
 
-    def __call__(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
-        warps: int = 4,
-        stages: int = 2,
-        pdl: bool = False,
-        registers: int = 0,
-    ) -> None:
+    def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
         if 0 in grid:
             return
         types = tuple(map(type_of, args))
-        key = kernel, types, tuple(constants.items()), warps, stages, pdl, registers
+        key = kernel, types, tuple(constants.items()), how
         found = self._known.get(key)
         if found is None:
-            variant = self.variant(kernel, types, constants, warps, stages, pdl, registers)
+            variant = self.variant(kernel, types, constants, how)
             if variant not in self._kernels:
                 raise RuntimeError(f"the engine was built without the kernel {variant}")
             found = self._known[key] = self._kernels[variant]
@@ -166,7 +156,7 @@ class Kernel:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [attribute], 1
 
-    def __call__(self, grid: tuple[int, ...], args: tuple[Argument, ...], stream: int) -> None:
+    def __call__(self, grid: tuple[int, ...], args: Arguments, stream: int) -> None:
         given = args if self._native else (arg for arg in args if arg is not None)
         values = [arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in given]
         self._format.pack_into(self._values, 0, *values, *self._scratch)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Argument = Tensor | int | float | None
 Constant = int | float | bool | str | None
+Arguments = tuple[Argument, ...]
+Constants = Mapping[str, Constant]
 
 H100_SHARED = 227 << 10
 """Bytes of shared memory that a program may have on an H100, and a B200; 163 KiB on an A100, 99 on sm_89 and sm_120."""
@@ -75,6 +77,15 @@ class Variant:
         return cls(**{**entry, "types": tuple(entry["types"]), "constants": constants})
 
 
+class How(NamedTuple):
+    """How a kernel is compiled and launched; see `Launch`."""
+
+    warps: int
+    stages: int
+    pdl: bool
+    registers: int
+
+
 class Launch(ABC):
     """Starts kernels on the current stream."""
 
@@ -87,13 +98,12 @@ class Launch(ABC):
     products: Products | None = None
     """cuBLASLt, for products of many tokens; None: they are left to torch."""
 
-    @abstractmethod
     def __call__(
         self,
         kernel: str,
         grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
+        args: Arguments,
+        constants: Constants,
         warps: int = 4,
         stages: int = 2,
         pdl: bool = False,
@@ -109,24 +119,20 @@ class Launch(ABC):
             pdl: the kernel knows `PDL`.
             registers: the most that a thread may take, so that more programs fit side by side; 0: any number.
         """
+        self.start(kernel, grid, args, constants, How(warps, stages, pdl, registers))
 
-    def with_pdl(self, constants: Mapping[str, Constant], pdl: bool) -> dict[str, Constant]:
+    @abstractmethod
+    def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
+        """What a call comes to; arguments as there."""
+
+    def with_pdl(self, constants: Constants, pdl: bool) -> dict[str, Constant]:
         """The constants of a launch: kernels that know `PDL` are told whether they are launched so."""
         return {**constants, "PDL": self.dependent} if pdl else dict(constants)
 
-    def variant(
-        self,
-        kernel: str,
-        types: tuple[str, ...],
-        constants: Mapping[str, Constant],
-        warps: int,
-        stages: int,
-        pdl: bool,
-        registers: int,
-    ) -> Variant:
-        """What a launch asks for; arguments as in `__call__`, `types` as in `Variant`."""
-        chosen = tuple(sorted(self.with_pdl(constants, pdl).items()))
-        return Variant(kernel, types, chosen, warps, stages, pdl and self.dependent, registers)
+    def variant(self, kernel: str, types: tuple[str, ...], constants: Constants, how: How) -> Variant:
+        """What a launch asks for; `types` as in `Variant`."""
+        chosen = tuple(sorted(self.with_pdl(constants, how.pdl).items()))
+        return Variant(kernel, types, chosen, how.warps, how.stages, how.pdl and self.dependent, how.registers)
 
 
 def type_of(argument: Argument) -> str:
@@ -156,28 +162,17 @@ class JitLaunch(Launch):
     def __init__(self, dependent: bool = False, shared_bytes: int = H100_SHARED) -> None:
         self.dependent, self.shared_bytes = dependent, shared_bytes
 
-    def __call__(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
-        warps: int = 4,
-        stages: int = 2,
-        pdl: bool = False,
-        registers: int = 0,
-    ) -> None:
-        kernel_function(kernel)[grid](*args, **self.options(constants, warps, stages, pdl, registers))
+    def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
+        kernel_function(kernel)[grid](*args, **self.options(constants, how))
 
-    def options(
-        self, constants: Mapping[str, Constant], warps: int, stages: int, pdl: bool, registers: int
-    ) -> dict[str, Any]:
+    def options(self, constants: Constants, how: How) -> dict[str, Any]:
         """What a launch is given by name, in Triton's words."""
-        options: dict[str, Any] = {**self.with_pdl(constants, pdl), "num_warps": warps, "num_stages": stages}
-        if pdl and self.dependent:
+        named = self.with_pdl(constants, how.pdl)
+        options: dict[str, Any] = {**named, "num_warps": how.warps, "num_stages": how.stages}
+        if how.pdl and self.dependent:
             options["launch_pdl"] = True
-        if registers:
-            options["maxnreg"] = registers
+        if how.registers:
+            options["maxnreg"] = how.registers
         return options
 
 
@@ -190,16 +185,6 @@ class RecordLaunch(Launch):
     native: bool = False
     variants: dict[Variant, None] = field(default_factory=dict)
 
-    def __call__(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
-        warps: int = 4,
-        stages: int = 2,
-        pdl: bool = False,
-        registers: int = 0,
-    ) -> None:
+    def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
         types = tuple(map(type_of, args))
-        self.variants[self.variant(kernel, types, constants, warps, stages, pdl, registers)] = None
+        self.variants[self.variant(kernel, types, constants, how)] = None

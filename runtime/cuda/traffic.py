@@ -29,7 +29,7 @@ from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.kv_cache import CudaKVCache
-from trtx.runtime.cuda.launch import H100_SHARED, Argument, Constant, Launch
+from trtx.runtime.cuda.launch import H100_SHARED, Arguments, Constants, How, Launch
 from trtx.runtime.cuda.ops import CudaOps
 from trtx.runtime.cuda.step import CudaStep
 from trtx.runtime.cuda.steps import Steps
@@ -87,7 +87,7 @@ class Traffic:
             SequenceSlice([0] * tokens, before, ([0] * -(-(before + tokens) // size),) * len(self._layout.groups), rows)
             for before, tokens, rows in batch
         ]
-        self._count.start(slices)
+        self._count.begin(slices)
         with _Products(self._count.bytes):
             self._steps.logits(slices)
         return dict(self._count.bytes)
@@ -119,7 +119,7 @@ class _Count(Launch):
         self._slices: Sequence[SequenceSlice] = ()
         self._layer = self._tokens = self._decodes = 0
 
-    def start(self, slices: Sequence[SequenceSlice]) -> None:
+    def begin(self, slices: Sequence[SequenceSlice]) -> None:
         """Count a step of these slices."""
         self.bytes.clear()
         self._slices = slices
@@ -130,17 +130,7 @@ class _Count(Launch):
         self._layer, self._tokens, self._decodes = layer, len(step.token_ids), attention.decodes
         self.uncounted.update(map(_storage, [*attention.tables, attention.counters]))
 
-    def __call__(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
-        warps: int = 4,
-        stages: int = 2,
-        pdl: bool = False,
-        registers: int = 0,
-    ) -> None:
+    def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
         given = [arg for arg in args if isinstance(arg, Tensor) and _storage(arg) not in self.uncounted]
         if any(_storage(tensor) in self.cache for tensor in given):
             self.bytes[kernel] += self._with_cache(kernel, grid[0], given)

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -33,7 +33,7 @@ from trtx.runtime.cuda.attention import (
     prefill_tiling,
     tiles_of,
 )
-from trtx.runtime.cuda.launch import Argument, Constant, JitLaunch, Launch, kernel_function
+from trtx.runtime.cuda.launch import Arguments, Constants, How, JitLaunch, Launch, kernel_function
 
 READ, FLOPS = 3.16e12, 599e12
 CACHED = 256 << 20
@@ -63,18 +63,8 @@ class WarmLaunch(JitLaunch):
         super().__init__(dependent)
         self._wanted: dict[object, Callable[[], object]] = {}
 
-    def __call__(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
-        warps: int = 4,
-        stages: int = 2,
-        pdl: bool = False,
-        registers: int = 0,
-    ) -> None:
-        options = self.options(constants, warps, stages, pdl, registers)
+    def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
+        options = self.options(constants, how)
         kinds = tuple(arg.dtype if isinstance(arg, Tensor) else type(arg) for arg in args)
         key = kernel, kinds, tuple(options.items())
         self._wanted[key] = lambda: kernel_function(kernel).warmup(*args, grid=grid, **options)

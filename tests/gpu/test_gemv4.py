@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -17,7 +16,7 @@ from trtx.quantize.formats import FORMATS
 from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda import linear
 from trtx.runtime.cuda.cubins import Cubin, Kernel, driver
-from trtx.runtime.cuda.launch import Argument, Constant, Launch, Variant, type_of
+from trtx.runtime.cuda.launch import Arguments, Constants, How, Launch, Variant, type_of
 
 pytestmark = pytest.mark.gpu
 
@@ -36,18 +35,8 @@ class Native(Launch):
         self.sm, self.dependent = f"{major}.{minor}", major >= 9
         self.kernels: dict[Variant, Kernel] = {}
 
-    def __call__(
-        self,
-        kernel: str,
-        grid: tuple[int, ...],
-        args: tuple[Argument, ...],
-        constants: Mapping[str, Constant],
-        warps: int = 4,
-        stages: int = 2,
-        pdl: bool = False,
-        registers: int = 0,
-    ) -> None:
-        variant = self.variant(kernel, tuple(map(type_of, args)), constants, warps, stages, pdl, registers)
+    def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
+        variant = self.variant(kernel, tuple(map(type_of, args)), constants, how)
         assert variant.native and variant.pdl == self.dependent
         if variant not in self.kernels:
             code, _ = compile_native(variant, self.sm)
