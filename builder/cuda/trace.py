@@ -6,15 +6,14 @@ So an engine holds exactly the kernels that the op set asks for; there is no sec
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from trtx.builder.cuda.kernels import SHARED_BYTES
 from trtx.builder.cuda.nvrtc import nvrtc_version
 from trtx.builder.sizing import Sizing
 from trtx.quantize.formats import DTYPES, E4M3
-from trtx.runtime import weights
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import RecordLaunch, Variant
+from trtx.runtime.cuda.meta import META, meta_steps
 from trtx.runtime.cuda.ops import CudaOps
 from trtx.runtime.cuda.step import Shape
 from trtx.runtime.cuda.steps import Steps
@@ -22,8 +21,6 @@ from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.sampler import Row
 from trtx.runtime.sampling import SamplingParams
 from trtx.runtime.weights import WeightStore
-
-META = torch.device("meta")
 
 
 def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore | None = None) -> list[Variant]:
@@ -41,31 +38,21 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
     return list(launch.variants)
 
 
-@torch.inference_mode()
 def recorded(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore | None = None) -> tuple[RecordLaunch, Steps]:
     """An engine's steps on meta tensors, and what notes down the kernels that they launch.
 
     Args:
         checkpoint: the weights. Those that linears have to agree in to be fused are read; random ones do.
     """
-    config = sizing.model
-    expected = config.expected()
-
-    def tensor(name: str) -> Tensor:
-        stored = expected[name]
-        if stored.rows or name.endswith(".weight"):
-            return torch.empty(stored.shape, dtype=stored.dtype, device=META)
-        return torch.ones(stored.shape, dtype=stored.dtype) if checkpoint is None else checkpoint.tensor(name)
-
-    store = WeightStore(config, tensor, expected.__contains__)
     assert sizing.target.gpu is not None
     sm = sizing.target.gpu.sm
     launch = RecordLaunch(float(sm) >= 9.0, SHARED_BYTES[sm], native=bool(nvrtc_version()))
-    ops = CudaOps(config.spec, DTYPES[sizing.compute_dtype], META, sizing.max_seq_len, launch, laid_out=False)
+    dtype = DTYPES[sizing.compute_dtype]
+    ops = CudaOps(sizing.model.spec, dtype, META, sizing.max_seq_len, launch, laid_out=False)
     kv_dtype = E4M3 if sizing.kv_dtype == "fp8" else DTYPES[sizing.kv_dtype]
     cache = CudaKVCache(layout, 2, kv_dtype, META)
     limits = sizing.max_batch_size, sizing.max_num_tokens, sizing.max_seq_len
-    return launch, Steps(weights.load(store, ops), ops, cache, *limits)
+    return launch, meta_steps(sizing.model, ops, cache, limits, checkpoint.tensor if checkpoint else None)
 
 
 def _counts(most: int) -> list[int]:

@@ -12,5 +12,6 @@ step.py         the numbers of a step, and how they reach the GPU
 steps.py        steps as CUDA graphs, several at once, tokens that stay on the GPU
 load.py         weights from files to the GPU
 runner.py       what the executor drives
+meta.py         an engine's steps without its weights
 traffic.py      what the kernels of a step read and write, counted without a GPU
 """

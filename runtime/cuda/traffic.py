@@ -26,16 +26,14 @@ from torch.utils._pytree import tree_leaves
 from trtx.builder.engine import EngineConfig
 from trtx.converters.spec import Activation, ModelSpec, Rope
 from trtx.quantize.formats import DTYPES, E4M3
-from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import H100_SHARED, Arguments, Constants, How, Launch
+from trtx.runtime.cuda.meta import META, meta_steps
 from trtx.runtime.cuda.ops import CudaOps
 from trtx.runtime.cuda.step import CudaStep
-from trtx.runtime.cuda.steps import Steps
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.ops.base import Heads
-from trtx.runtime.weights import WeightStore
 
 LIBRARY = "matrix products (library)"
 """What stands for the kernels of cuBLAS and its like."""
@@ -55,24 +53,15 @@ class Traffic:
     """
 
     def __init__(self, config: EngineConfig, shared_bytes: int = H100_SHARED) -> None:
-        meta, model, limits = torch.device("meta"), config.model, config.limits
-        spec, expected = model.spec, model.expected()
-
-        def tensor(name: str) -> Tensor:
-            """Meta tensors, but for scales, which decide what is fused: they agree."""
-            stored = expected[name]
-            if stored.rows or name.endswith(".weight"):
-                return torch.empty(stored.shape, dtype=stored.dtype, device=meta)
-            return torch.ones(stored.shape, dtype=stored.dtype)
-
+        model, limits = config.model, config.limits
+        spec = model.spec
         self._count = _Count(spec, float(config.fingerprint.sm) >= 9.0, shared_bytes)
-        ops = _Ops(spec, DTYPES[config.compute_dtype], meta, limits.max_seq_len, self._count, laid_out=False)
+        ops = _Ops(spec, DTYPES[config.compute_dtype], META, limits.max_seq_len, self._count, laid_out=False)
         kv_dtype = E4M3 if limits.kv_dtype == "fp8" else DTYPES[limits.kv_dtype]
         self._layout = KVLayout.of(spec, limits.kv_block_size, kv_dtype.itemsize)
-        with torch.inference_mode():
-            decoder = weights.load(WeightStore(model, tensor, expected.__contains__), ops)
-            cache = CudaKVCache(self._layout, 2, kv_dtype, meta)
-            self._steps = Steps(decoder, ops, cache, limits.max_batch_size, limits.max_num_tokens, limits.max_seq_len)
+        cache = CudaKVCache(self._layout, 2, kv_dtype, META)
+        sizes = limits.max_batch_size, limits.max_num_tokens, limits.max_seq_len
+        self._steps = meta_steps(model, ops, cache, sizes)
         self._count.cache = {_storage(array) for array in cache.arrays(0)}
 
     @torch.inference_mode()
