@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, record_function
 from trtx.runtime.bench.roofline import Ceiling, Cost
 from trtx.runtime.bench.trace import Phase, Slice, StepTrace
 from trtx.runtime.bench.watch import Watch
-from trtx.runtime.cuda.traffic import LIBRARY
+from trtx.runtime.cuda.launch import LIBRARY
 from trtx.runtime.executor import Executor
 from trtx.runtime.request import Request
 

@@ -28,6 +28,9 @@ Constants = Mapping[str, Constant]
 H100_SHARED = 227 << 10
 """Bytes of shared memory that a program may have on an H100, and a B200; 163 KiB on an A100, 99 on sm_89 and sm_120."""
 
+LIBRARY = "matrix products (library)"
+"""What stands for the kernels of cuBLAS and its like, where kernels are named."""
+
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",

@@ -28,15 +28,12 @@ from trtx.converters.spec import Activation, ModelSpec, Rope
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.kv_cache import CudaKVCache
-from trtx.runtime.cuda.launch import H100_SHARED, Arguments, Constants, How, Launch
+from trtx.runtime.cuda.launch import H100_SHARED, LIBRARY, Arguments, Constants, How, Launch
 from trtx.runtime.cuda.meta import META, meta_steps
 from trtx.runtime.cuda.ops import CudaOps
 from trtx.runtime.cuda.step import CudaStep
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.ops.base import Heads
-
-LIBRARY = "matrix products (library)"
-"""What stands for the kernels of cuBLAS and its like."""
 
 _PRODUCTS = {
     f"aten::{name}"

@@ -21,7 +21,7 @@ from trtx.runtime.bench.report import Report, tables
 from trtx.runtime.bench.roofline import Ceiling, Cost
 from trtx.runtime.bench.trace import Slice
 from trtx.runtime.bench.watch import Watch
-from trtx.runtime.cuda.traffic import LIBRARY
+from trtx.runtime.cuda.launch import LIBRARY
 
 DECODE, CHUNK = Slice(9, 1, 1), Slice(0, 8, 1)
 CEILING = Ceiling(bytes_per_s=1e9, flops_per_s=1e12, source="a table")

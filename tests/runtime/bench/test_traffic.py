@@ -6,7 +6,8 @@ from tests.builder.models import TINY, spec_of
 from trtx.builder.engine import EngineConfig, Fingerprint, Limits, ParallelMapping
 from trtx.converters.checkpoint import CheckpointConfig
 from trtx.quantize.formats import Quantization
-from trtx.runtime.cuda.traffic import LIBRARY, Traffic
+from trtx.runtime.cuda.launch import LIBRARY
+from trtx.runtime.cuda.traffic import Traffic
 
 WIDTH, INNER, VOCABULARY, LAYERS = 64, 128, 96, 2
 KV = 2 * 2 * 16
