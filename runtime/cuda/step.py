@@ -1,7 +1,8 @@
 """A step on the GPU: packed tokens, and what attention needs to know of their sequences.
 
 What changes from step to step travels in two copies: numbers of tokens and sequences, and block tables. A runner holds
-their tensors at fixed addresses, since captured graphs read them there.
+their tensors at fixed addresses, since captured graphs read them there. Neither travels while the same sequences decode
+in the blocks that they have: each step leaves there what the next one needs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from trtx.runtime.batch import PENDING, SequenceSlice
 from trtx.runtime.cuda.attention import AttentionStep, query_tile, tiles_of
 from trtx.runtime.cuda.kv_cache import CudaKVCache
-from trtx.runtime.cuda.launch import Launch
+from trtx.runtime.cuda.launch import Constant, Launch
 
 
 @dataclass
@@ -65,6 +66,10 @@ class Mailbox:
         self._turn = (self._turn + 1) % self.IN_FLIGHT
 
 
+DECODE_FIELDS = ("ids", "sources", "positions", "lengths", "sequence")
+"""The numbers of a step of single tokens; the others follow from their count."""
+
+
 class StepInputs:
     """Fixed places on the device for the numbers of a step.
 
@@ -72,7 +77,7 @@ class StepInputs:
         tokens, batch: the most tokens and sequences of a step.
     """
 
-    FIELDS = ("ids", "sources", "positions", "lengths", "sequence", "starts", "rows", "tiles")
+    FIELDS = (*DECODE_FIELDS, "starts", "rows", "tiles")
 
     def __init__(self, tokens: int, batch: int, device: torch.device) -> None:
         sizes = dict.fromkeys(self.FIELDS, tokens)
@@ -191,6 +196,7 @@ class StepMaker:
         # A program's counter each, however few query heads a program takes.
         self._counters = torch.zeros(batch * heads, dtype=torch.int32, device=device)
         self._every = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self._standing: np.ndarray | None = None
 
     def shape_of(self, batch: Sequence[SequenceSlice]) -> Shape:
         """The shape of exactly this step; decodes come first."""
@@ -239,30 +245,41 @@ class StepMaker:
         self._inputs.fill(numbers)
 
     def fill_decodes(self, batch: Sequence[SequenceSlice], count: int) -> None:
-        """Send the numbers of a step of single tokens, padded to `count` sequences without any."""
+        """Send the numbers of a step of single tokens, padded to `count` sequences without any.
+
+        They are not sent if they stand there: mostly a step is what the one before has become.
+        """
         size = len(batch)
-        ids, sources, positions, lengths, sequence = np.zeros((5, count), dtype=np.int32)
+        numbers = np.zeros((len(DECODE_FIELDS), count), dtype=np.int32)
+        ids, sources, positions, lengths, sequence = numbers
         ids[:size] = [piece.tokens[0] for piece in batch]
         sources[:size] = [piece.source or 0 for piece in batch]
         positions[:size] = [piece.start for piece in batch]
         lengths[:size] = positions[:size] + 1
         sequence[:size] = np.arange(size)
         sequence[size:] = -1
-        self._last = ids, sources, positions, lengths, sequence
-        self._send()
+        if self._standing is None or not np.array_equal(numbers, self._standing):
+            self._standing = numbers
+            self._inputs.fill(dict(zip(DECODE_FIELDS, numbers, strict=True)))
 
-    def fill_later(self, size: int) -> None:
-        """Send the numbers of the step after the last one of single tokens, whose tokens that one has chosen."""
-        ids, sources, positions, lengths, _ = self._last
-        ids[:size] = PENDING
-        sources[:size] = np.arange(size)
-        positions[:size] += 1
-        lengths[:size] += 1
-        self._send()
+    def publish(self, launch: Launch, chosen: Tensor, host: Tensor, count: int, decodes: bool) -> None:
+        """Put what `count` rows have chosen, [2, batch], into the host's memory.
 
-    def _send(self) -> None:
-        names = "ids", "sources", "positions", "lengths", "sequence"
-        self._inputs.fill(dict(zip(names, self._last, strict=True)))
+        Args:
+            decodes: the step was one of single tokens, and becomes the next one of the same sequences.
+        """
+        fields: list[Tensor | None] = [None] * 4
+        if decodes:
+            fields = [self._inputs.field(name, count) for name in DECODE_FIELDS[:4]]
+            if self._standing is not None:
+                ids, sources, positions, lengths = self._standing[:4, :count]
+                ids[:] = PENDING
+                sources[:] = np.arange(count)
+                positions += 1
+                lengths += 1
+        block = 128
+        constants: dict[str, Constant] = {"STRIDE": chosen.stride(0), "PENDING": PENDING, "BLOCK": block}
+        launch("step.publish", (-(-count // block),), (chosen, host, *fields, count), constants)
 
     def fill_nothing(self, shape: Shape) -> None:
         """Send the numbers of a step of this shape without any sequence, for a trial."""

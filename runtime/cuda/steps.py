@@ -112,11 +112,10 @@ class Steps:
         kind, shape = self._send(batch)
         logits = self._run(kind, shape)[: len(rows)]
         self.choose(logits, rows)
-        chosen = [self._on_its_way(len(rows))]
+        chosen = [self.publish(kind, len(rows))]
         for _ in range(1, steps):
-            self._makers[kind].fill_later(len(batch))
             self._run(kind, shape)
-            chosen.append(self._on_its_way(len(rows)))
+            chosen.append(self.publish(kind, len(rows)))
         ticket = Ticket(rows, chosen, wanted_logprobs(logits, rows))
         if logits.device.type == "cuda":  # also without rows: whoever waits for a step may use its mailboxes again
             ticket.done = torch.cuda.Event()
@@ -162,6 +161,14 @@ class Steps:
         for place, chosen in zip(self._chosen, sampling.choose(self._ops.launch, logits, parameters), strict=True):
             place[: len(rows)].copy_(chosen)
 
+    def publish(self, kind: str, count: int) -> Tensor:
+        """Where the tokens that the first `count` rows have chosen will stand on the host, [2, count]."""
+        host = self._host[self._turn]
+        self._turn = (self._turn + 1) % len(self._host)
+        if count:
+            self._makers[kind].publish(self._ops.launch, self._chosen, host, count, kind == "decodes")
+        return host[:, :count]
+
     def _send(self, batch: Sequence[SequenceSlice]) -> tuple[str, Shape]:
         """Send the numbers of a step on their way → what it is to be run as."""
         self.tables.fill(batch)
@@ -179,13 +186,6 @@ class Steps:
         captured = self._graphs[shape]
         captured.graph.replay()
         return captured.logits
-
-    def _on_its_way(self, count: int) -> Tensor:
-        """Where the chosen tokens of the first `count` rows will stand on the host."""
-        host = self._host[self._turn]
-        self._turn = (self._turn + 1) % len(self._host)
-        host.copy_(self._chosen, non_blocking=True)  # whole: a part is not contiguous, and the host would wait for it
-        return host[:, :count]
 
     def _read(self, chosen: Tensor, ticket: Ticket) -> list[Sampled]:
         tokens, finite = chosen.tolist()

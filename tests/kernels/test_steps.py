@@ -220,23 +220,35 @@ def test_random_histories_of_block_tables():
 
 
 @torch.inference_mode()
-def test_numbers_of_decodes_and_of_the_steps_after(checkpoint, launch):
+def test_numbers_of_decodes_and_of_the_steps_after(checkpoint, launch, device, monkeypatch):
     """Padded to three; the second step takes the tokens that the first has chosen, one position further."""
     limits = Limits(max_batch_size=4, max_num_tokens=8, max_seq_len=64, kv_block_size=8, kv_blocks=99, kv_dtype="fp32")
-    steps = StepsRunner(checkpoint, limits, launch, CPU).steps
+    steps = StepsRunner(checkpoint, limits, launch, device).steps
     maker, inputs = steps._makers["decodes"], steps._inputs["decodes"]
+    sends = []
+    send = inputs.fill
+    monkeypatch.setattr(inputs, "fill", lambda values: [sends.append(len(values)), send(values)])
 
-    def sent(name: str) -> list[int]:
-        return inputs.field(name, 3).tolist()
+    def standing() -> list[list[int]]:
+        return [inputs.field(name, 3).tolist() for name in ("ids", "sources", "positions", "lengths", "sequence")]
 
     maker.fill_decodes([SequenceSlice([42], 7, ([1],), 1), SequenceSlice([PENDING], 9, ([2, 3],), 1, source=5)], 3)
-    assert [sent(name) for name in ("ids", "sources", "positions", "lengths", "sequence")] == [
-        [42, PENDING, 0], [0, 5, 0], [7, 9, 0], [8, 10, 0], [0, 1, -1],
-    ]  # fmt: skip
-    maker.fill_later(2)
-    assert [sent(name) for name in ("ids", "sources", "positions", "lengths", "sequence")] == [
-        [PENDING, PENDING, 0], [0, 1, 0], [8, 10, 0], [9, 11, 0], [0, 1, -1],
-    ]  # fmt: skip
+    assert standing() == [[42, PENDING, 0], [0, 5, 0], [7, 9, 0], [8, 10, 0], [0, 1, -1]]
+    steps._chosen[:, :2] = torch.tensor([[11, 12], [1, 0]])
+    host = steps.publish("decodes", 2)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert host.tolist() == [[11, 12], [1, 0]]
+    after = [[PENDING, PENDING, 0], [0, 1, 0], [8, 10, 0], [9, 11, 0], [0, 1, -1]]
+    assert standing() == after and len(sends) == 1
+    same = [SequenceSlice([PENDING], place, ([1],), 1, source=row) for row, place in enumerate((8, 10))]
+    maker.fill_decodes(same, 3)
+    assert standing() == after and len(sends) == 1, "what stands there is not sent"
+    for other in (same[:1], same[::-1], [same[0], replace(same[1], tokens=[13])], [same[0], replace(same[1], start=9)]):
+        maker.fill_decodes(other, 3)
+        maker.fill_decodes(same, 3)
+        assert standing() == after
+    assert len(sends) == 1 + 2 * 4
 
 
 @torch.inference_mode()
