@@ -7,7 +7,7 @@ T tokens of a step, e bytes of the compute dtype, H the hidden size. A step of t
   keys of a sequence are shared out over several programs;
 - the MLP's gate and up and their product, or the logits, and what the sampler makes of them.
 
-Decode steps are captured in graphs, which keep the memory of the largest for themselves: it comes on top.
+Steps that are captured in graphs keep the memory of the largest for themselves: it comes on top.
 """
 
 from __future__ import annotations
@@ -132,9 +132,10 @@ class CudaBackend(Backend):
         return weight_bytes(sizing.model, tokens)
 
     def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
-        return self._step_bytes(sizing, shard, sizing.max_num_tokens) + self._step_bytes(
-            sizing, shard, sizing.max_batch_size
-        )
+        from trtx.runtime.cuda.steps import CHUNKS
+
+        captured = max(sizing.max_batch_size, min(CHUNKS[-1], sizing.max_num_tokens))
+        return self._step_bytes(sizing, shard, sizing.max_num_tokens) + self._step_bytes(sizing, shard, captured)
 
     def table_bytes(self, sizing: Sizing) -> int:
         return 4 * sizing.max_seq_len * sum(rope.dim for rope in sizing.model.spec.ropes)

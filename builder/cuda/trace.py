@@ -16,7 +16,7 @@ from trtx.runtime.cuda.launch import RecordLaunch, Variant
 from trtx.runtime.cuda.meta import META, meta_steps
 from trtx.runtime.cuda.ops import CudaOps
 from trtx.runtime.cuda.step import Shape
-from trtx.runtime.cuda.steps import Steps
+from trtx.runtime.cuda.steps import Steps, batch_sizes
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.sampler import Row
 from trtx.runtime.sampling import SamplingParams
@@ -35,6 +35,9 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
             for rows in sorted({1, min(2, most), most}):
                 for tiles in sorted({1, count}):
                     steps.compute("mixed", Shape(count, rows, rows, tiles, rows))
+        most = sizing.max_num_tokens
+        for decodes in batch_sizes(min(most, sizing.max_batch_size)):  # how many tokens there are, says what they give
+            steps.compute("mixed", Shape(most, decodes, decodes, 1, decodes))
         _choose(steps, sizing)
     return list(launch.variants)
 

@@ -28,7 +28,7 @@ from trtx.quantize.weight import LinearWeight, fusable
 from trtx.runtime.cuda.cublaslt import TABLE, Algorithm, CublasError, Problem, Products, Table, Tuned
 from trtx.runtime.cuda.linear import dense, kernel_layout, most_tokens, resident
 from trtx.runtime.cuda.ops import is_expert
-from trtx.runtime.cuda.steps import CHUNKS, batch_sizes
+from trtx.runtime.cuda.steps import batch_sizes
 from trtx.runtime.weights import WeightStore, fused_groups
 
 SECONDS = 20.0
@@ -77,7 +77,7 @@ def is_here(target: Target) -> bool:
 def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     """The products of an engine's linears that are left to cuBLAS, the most telling sizes first.
 
-    Numbers of tokens are those that steps are captured for, and powers of two up to the most of a step; powers of two
+    Numbers of tokens are those that decodes are captured for, and powers of two up to the most of a step; powers of two
     come first, since sizes between look at the next larger one.
 
     Args:
@@ -87,7 +87,7 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     store = checkpoint or WeightStore.of_seed(config, 0, torch.device("cpu"))
     most, batch = sizing.max_num_tokens, sizing.max_batch_size
     decodes, powers = batch_sizes(batch), [1 << i for i in range(most.bit_length())]
-    tokens = {*decodes, *(count for count in CHUNKS if count <= most), *powers, most}
+    tokens = {*decodes, *powers, most}
     found: dict[Problem, None] = {}
 
     def add(kind: Problem, few: int, counts: Iterable[int]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trtx.converters.spec import Alibi
+from trtx.quantize.formats import E4M3
 from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
 from trtx.runtime.ops.torch_attention import alibi_bias
 
@@ -155,8 +156,10 @@ def decode_tiling(
     """For `sharing` query heads a key head, of `itemsize` bytes a number.
 
     What programs load before the kernel before has ended costs next to nothing, so few of them take as much at once as
-    registers hold, and more of them a tile each. (Llama-3.1-8B in bf16 on an H100: one sequence of 140 tokens takes
-    5 µs with tiles of 256 keys and 10 with 64; eight of 530 take 18 and 14.)
+    registers hold. Of more, each is a warp: so many fit side by side that their loads fill the memory's queue, and a
+    multiprocessor is not left half empty at the end. (Llama-3.1-8B in bf16 on an H100: one sequence of 140 tokens takes
+    5 µs with tiles of 256 keys and 10 with 64; eight of 640 take 12.6 with one warp and 15.2 with four, 256 of 137 take
+    59 and 70.)
 
     Args:
         programs: that share the GPU's multiprocessors, without splits.
@@ -169,6 +172,8 @@ def decode_tiling(
         return Tiling(16, 16, 4, 3) if shared < H100_SHARED else Tiling(min(rows, 32), 32, 8, 5)
     if programs <= _FEW and rows == 16 and shared >= H100_SHARED:
         return Tiling(rows, min(256, (1 << 15) // width), 8, 2)
+    if rows == 16 and width <= 128:
+        return Tiling(rows, 32, 1, 3)
     stages = 2 if programs < _PROGRAMS // 4 else 5
     return Tiling(rows, 32, 4, stages) if width > 128 else Tiling(rows, 64, 4, stages)
 
@@ -222,6 +227,7 @@ def attention(
     alibi: Slopes | None,
     k_scale: float,
     v_scale: float,
+    codes: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Cache keys and values of a step, and let q attend to what is cached of its sequences, up to itself → [T, H * D].
 
@@ -234,13 +240,14 @@ def attention(
         window: positions that a token sees; chunked: from the last multiple of it on.
         sinks: fp32 [H].
         k_scale, v_scale: of an e4m3 cache.
+        codes: the scales and what is multiplied before, of a linear that multiplies e4m3 codes: those are returned.
     """
     layer = CachedAttention(
         launch, keys, values, table, q.shape[-1], rotation, window, chunked, softcap, sinks, alibi, k_scale, v_scale
     )
     if len(step.tiles):
         layer.store(k, v, step)
-    return layer.attend(q, (k, v), step, scale * k_scale)
+    return layer.attend(q, (k, v), step, scale * k_scale, codes)
 
 
 def latent_attention(
@@ -298,18 +305,26 @@ class CachedAttention:
         grid = (tokens - step.decodes, 2 * -(-heads // block))
         self.launch("attention.store", grid, args, constants, warps=4, stages=1, pdl=True)
 
-    def attend(self, q: Tensor, new: tuple[Tensor, Tensor] | None, step: AttentionStep, scale: float) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        new: tuple[Tensor, Tensor] | None,
+        step: AttentionStep,
+        scale: float,
+        codes: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
         """Decodes by one kernel, then the other tokens by another, [T, H * dim].
 
         Args:
             new: keys and values that decodes put into the cache; None: it holds them already.
+            codes: see `attention`.
         """
         tokens, heads, _ = q.shape
-        out = torch.empty((tokens, heads * self.dim), dtype=q.dtype, device=q.device)
+        out = torch.empty((tokens, heads * self.dim), dtype=E4M3 if codes else q.dtype, device=q.device)
         if step.decodes:
-            self.decode(q, new, step, scale, out)
+            self.decode(q, new, step, scale, out, codes=codes)
         if len(step.tiles):
-            self.prefill(q, step, scale, out)
+            self.prefill(q, step, scale, out, codes=codes)
         return out
 
     def decode(
@@ -321,6 +336,7 @@ class CachedAttention:
         out: Tensor,
         tiling: Tiling | None = None,
         splits: int | None = None,
+        codes: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         """The first `step.decodes` tokens."""
         alone = step.decodes * self.keys.shape[1] if new else _PROGRAMS
@@ -338,8 +354,8 @@ class CachedAttention:
         k_norm = self.rotation.k_norm or _UNCHANGED
         args = (
             q, k, v, *self._query_args(), k_norm.weight, k_norm.bias, self.keys, self.values, self.table, step.lengths,
-            self.sinks, self.alibi and self.alibi.slopes, out, partials, extremes, step.counters, float(scale),
-            float(self.k_scale), float(self.v_scale),
+            self.sinks, self.alibi and self.alibi.slopes, out, *(codes or (None, None)), partials, extremes,
+            step.counters, float(scale), float(self.k_scale), float(self.v_scale),
         )  # fmt: skip
         rows = power_of_two(group)
         at_once = max(1, min(16, 64 * 32 * tiling.warps // (rows * power_of_two(self.dim))))
@@ -350,7 +366,15 @@ class CachedAttention:
         grid = (step.decodes, programs // step.decodes, splits)
         self.launch("attention.decode", grid, args, constants, tiling.warps, tiling.stages, pdl=True)
 
-    def prefill(self, q: Tensor, step: AttentionStep, scale: float, out: Tensor, tiling: Tiling | None = None) -> None:
+    def prefill(
+        self,
+        q: Tensor,
+        step: AttentionStep,
+        scale: float,
+        out: Tensor,
+        tiling: Tiling | None = None,
+        codes: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
         """The tokens of `step.tiles`."""
         if tiling is None:
             programs = self.keys.shape[1] * len(step.tiles)
@@ -358,7 +382,8 @@ class CachedAttention:
         group, chunks = self._groups(q, tiling)
         args = (
             q, *self._query_args(), self.keys, self.values, self.table, step.lengths, step.starts, step.tiles,
-            self.sinks, self.alibi and self.alibi.slopes, out, float(scale), float(self.v_scale),
+            self.sinks, self.alibi and self.alibi.slopes, out, *(codes or (None, None)), float(scale),
+            float(self.v_scale),
         )  # fmt: skip
         constants = self._constants(q, tiling) | {"TOKENS": tiling.rows // group}
         grid = (self.keys.shape[1] * chunks, len(step.tiles))

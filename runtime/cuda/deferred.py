@@ -1,11 +1,12 @@
 """What the op set has been asked for and leaves to the word that comes next, which knows more.
 
-A norm may give the codes that the next linear multiplies, and the kernel that computes a block's last linear can add it
-to the residual stream. Whoever can make no use of it asks for the `value`.
+A norm, and attention, may give the codes that the next linear multiplies, and the kernel that computes a block's last
+linear can add it to the residual stream. Whoever can make no use of it asks for the `value`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -40,6 +41,30 @@ class Normed:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """What queries attended to, [T, N]; computing it caches keys and values, and has to happen while they stand.
+
+    Attributes:
+        q: the queries, [T, heads, dim].
+        compute: `attention.attention` but for its `codes`.
+    """
+
+    q: Tensor
+    compute: Callable[[tuple[Tensor, Tensor | None] | None], Tensor]
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self.compute(None)
+
+    def as_input(self, reader: CudaLinear) -> Tensor | Codes:
+        """What a linear multiplies."""
+        if not linear.takes_codes(self.q, reader):
+            return self.value
+        assert reader.scales is not None
+        return Codes(self.compute((reader.scales, reader.smooth)), self.q.dtype)
+
+
+@dataclass(frozen=True)
 class Product:
     """x [T, K] times a weight, a block's last."""
 
@@ -64,9 +89,9 @@ class Product:
 
 def value(x: Any) -> Any:
     """x, computed now if it was left for later."""
-    return x.value if isinstance(x, (Normed, Product)) else x
+    return x.value if isinstance(x, (Normed, Attended, Product)) else x
 
 
-def as_input(x: Tensor | Normed, reader: CudaLinear) -> Tensor | Codes:
+def as_input(x: Tensor | Codes | Normed | Attended, reader: CudaLinear) -> Tensor | Codes:
     """x as a linear multiplies it."""
-    return x.as_input(reader) if isinstance(x, Normed) else x
+    return x.as_input(reader) if isinstance(x, (Normed, Attended)) else x

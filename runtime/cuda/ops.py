@@ -19,7 +19,7 @@ from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda import attention, elementwise, linear
 from trtx.runtime.cuda import experts as grouped
 from trtx.runtime.cuda.attention import HeadNorm, Rotation, Slopes
-from trtx.runtime.cuda.deferred import Normed, Product, as_input, value
+from trtx.runtime.cuda.deferred import Attended, Normed, Product, as_input, value
 from trtx.runtime.cuda.launch import Launch
 from trtx.runtime.cuda.linear import Codes, CudaLinear
 from trtx.runtime.cuda.step import CudaStep
@@ -129,8 +129,8 @@ class CudaOps(TorchOps):
             return super().linear(value(x), weight)
         return linear.linear(self.launch, as_input(x, weight), weight)
 
-    def project(self, x: Tensor | Codes, weight: CudaLinear) -> Product:
-        return Product(self.launch, x, weight)
+    def project(self, x: Tensor | Codes | Attended, weight: CudaLinear) -> Product:
+        return Product(self.launch, as_input(x, weight), weight)
 
     def split(self, y: Tensor, weight: Any) -> Sequence[Tensor]:
         return y.split(weight.rows, dim=-1)
@@ -142,7 +142,7 @@ class CudaOps(TorchOps):
         y = linear.gated(self.launch, as_input(x, first), first, activation, weights.down)
         return self.project(y, weights.down)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Attended:
         cache, spec = step.cache, self.spec
         keys, values = cache.arrays(layer)
         table = step.attention.tables[cache.group(layer)]
@@ -156,25 +156,30 @@ class CudaOps(TorchOps):
             norm_last=heads.unit_eps is not None,
             query_scaling=(heads.scaling.floor, heads.scaling.scale) if heads.scaling else None,
         )
-        return attention.attention(
-            self.launch,
-            q,
-            k,
-            v,
-            keys,
-            values,
-            step.attention,
-            table,
-            rotation=rotation,
-            scale=spec.attention_scale_of(layer),
-            window=spec.windows[layer],
-            chunked=spec.chunked,
-            softcap=spec.attention_softcap,
-            sinks=heads.sinks,
-            alibi=self._alibi,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+
+        def compute(codes: tuple[Tensor, Tensor | None] | None) -> Tensor:
+            return attention.attention(
+                self.launch,
+                q,
+                k,
+                v,
+                keys,
+                values,
+                step.attention,
+                table,
+                rotation=rotation,
+                scale=spec.attention_scale_of(layer),
+                window=spec.windows[layer],
+                chunked=spec.chunked,
+                softcap=spec.attention_softcap,
+                sinks=heads.sinks,
+                alibi=self._alibi,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                codes=codes,
+            )
+
+        return Attended(q, compute)
 
     def rope(self, x: Tensor, rope: Rope, step: Any) -> Tensor:
         """For latents; elsewhere `attend` rotates."""

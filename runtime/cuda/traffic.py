@@ -27,6 +27,7 @@ from trtx.builder.engine import EngineConfig
 from trtx.converters.spec import Activation, ModelSpec, Rope
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.cuda.deferred import Attended
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import H100_SHARED, LIBRARY, Arguments, Constants, How, Launch
 from trtx.runtime.cuda.meta import META, meta_steps
@@ -52,7 +53,8 @@ class Traffic:
     def __init__(self, config: EngineConfig, shared_bytes: int = H100_SHARED) -> None:
         model, limits = config.model, config.limits
         spec = model.spec
-        self._count = _Count(spec, float(config.fingerprint.sm) >= 9.0, shared_bytes)
+        made_for = config.fingerprint
+        self._count = _Count(spec, float(made_for.sm) >= 9.0, shared_bytes, native="nvrtc" in made_for.versions)
         ops = _Ops(spec, DTYPES[config.compute_dtype], META, limits.max_seq_len, self._count, laid_out=False)
         kv_dtype = E4M3 if limits.kv_dtype == "fp8" else DTYPES[limits.kv_dtype]
         self._layout = KVLayout.of(spec, limits.kv_block_size, kv_dtype.itemsize)
@@ -63,7 +65,7 @@ class Traffic:
 
     @torch.inference_mode()
     def of_step(self, batch: Sequence[tuple[int, int, int]]) -> Mapping[str, int]:
-        """Bytes by kernel ('module.function' of `runtime.kernels`, or `LIBRARY`), all launches of a step together.
+        """Bytes by kernel (as in `Variant`, or `LIBRARY`), all launches of a step together.
 
         Args:
             batch: of each slice the tokens before it, its tokens, and how many of them want logits; single ones first.
@@ -94,8 +96,8 @@ class _Count(Launch):
         uncounted: those of block tables and counters.
     """
 
-    def __init__(self, spec: ModelSpec, dependent: bool, shared_bytes: int) -> None:
-        self.dependent, self.shared_bytes = dependent, shared_bytes
+    def __init__(self, spec: ModelSpec, dependent: bool, shared_bytes: int, native: bool) -> None:
+        self.dependent, self.shared_bytes, self.native = dependent, shared_bytes, native
         self._spec = spec
         self.bytes: Counter[str] = Counter()
         self.cache: set[int] = set()
@@ -165,7 +167,7 @@ class _Ops(CudaOps):
         self.launch.tables.update(map(_storage, tables))
         return tables
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Attended:
         self.launch.attends(layer, step)
         return super().attend(q, k, v, layer, step, heads)
 

@@ -12,6 +12,8 @@ first DIM are the value too: `values` is None.
 import triton
 import triton.language as tl
 
+from trtx.runtime.kernels.elementwise import rounded
+
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)
 """The largest score of a row that has seen no key yet: finite, so that no difference of two is NaN."""
@@ -164,7 +166,7 @@ def store_latents(
 @triton.jit
 def decode(
     q, k, v, cos, sin, q_weight, q_bias, k_weight, k_bias, keys, values, table, lengths, sinks, slopes, out,
-    partials, extremes, counters, scale, k_scale, v_scale,
+    code_scales, smooth, partials, extremes, counters, scale, k_scale, v_scale,
     KV_HEADS: tl.constexpr, SHARING: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, ROPE: tl.constexpr,
     NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
@@ -188,6 +190,9 @@ def decode(
         sinks: [heads] fp32, or None.
         slopes: of ALiBi, [heads] fp32, or None; with a ROUNDED scale of the bias, which is rounded to bf16 first.
         out: [sequences, heads, DIM].
+        code_scales: of a linear that multiplies e4m3 codes, 1 / input scale first: `out` are those codes, of what else
+            would stand there in q's dtype. Or None.
+        smooth: [heads * DIM], multiplied with before; or None.
         partials: [sequences, KV_HEADS * CHUNKS, shares, GROUP, DIM] fp32, not normalized, and `extremes`:
             [sequences, KV_HEADS * CHUNKS, shares, 2, GROUP] fp32, the largest score and the sum; None without SPLIT.
         counters: [sequences * KV_HEADS * CHUNKS], 0 before and after.
@@ -282,6 +287,7 @@ def decode(
 
     if not SPLIT or shares == 1:
         result = _normalized(peak, total, sums, sinks, heads, present, v_scale)
+        result = _as_input(result, heads, present, code_scales, smooth, q.dtype.element_ty, DIM, BLOCK_DIM)
         _put(out, sequence * (KV_HEADS * SHARING) + heads, result, present, DIM, BLOCK_DIM)
     elif SPLIT:
         ordinal = sequence * (KV_HEADS * CHUNKS) + group
@@ -300,12 +306,14 @@ def decode(
                 partials, extremes, first_share, shares, few, DIM, GROUP, BLOCK_G, BLOCK_DIM, AT_ONCE
             )
             result = _normalized(highest, whole, added, sinks, heads_of_few, some, v_scale)
+            result = _as_input(result, heads_of_few, some, code_scales, smooth, q.dtype.element_ty, DIM, BLOCK_DIM)
             _put(out, sequence * (KV_HEADS * SHARING) + heads_of_few, result, some, DIM, BLOCK_DIM)
 
 
 @triton.jit
 def prefill(
-    q, cos, sin, q_weight, q_bias, keys, values, table, lengths, starts, tiles, sinks, slopes, out, scale, v_scale,
+    q, cos, sin, q_weight, q_bias, keys, values, table, lengths, starts, tiles, sinks, slopes, out,
+    code_scales, smooth, scale, v_scale,
     KV_HEADS: tl.constexpr, SHARING: tl.constexpr, DIM: tl.constexpr, TAIL: tl.constexpr,
     Q_STRIDE: tl.constexpr, ROPE: tl.constexpr,
     NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
@@ -388,6 +396,7 @@ def prefill(
         )  # fmt: skip
 
     result = _normalized(peak, total, sums, sinks, heads, present, v_scale)
+    result = _as_input(result, heads, present, code_scales, smooth, q.dtype.element_ty, DIM, BLOCK_DIM)
     _put(out, place, result, present, DIM, BLOCK_DIM)
 
 
@@ -563,6 +572,21 @@ def _normalized(peak, total, sums, sinks, heads, present, v_scale):
         total = total * fading + tl.exp2(sink - higher)
         sums *= fading[:, None]
     return sums * (v_scale / tl.where(total == 0, 1.0, total))[:, None]
+
+
+@triton.jit
+def _as_input(
+    x, heads, present, code_scales, smooth, dtype: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
+    """Heads x [rows, BLOCK_DIM] as codes of their numbers in `dtype`, if the next linear multiplies codes; in fp32."""
+    if code_scales is not None:
+        x = x.to(dtype).to(tl.float32)
+        if smooth is not None:
+            dims = tl.arange(0, BLOCK_DIM)[None, :]
+            columns = heads[:, None] * DIM + dims
+            x *= tl.load(smooth + columns, present[:, None] & (dims < DIM), other=0.0).to(tl.float32)
+        x = rounded(x, tl.load(code_scales), "e4m3")
+    return x
 
 
 @triton.jit

@@ -229,16 +229,17 @@ def test_ledger_adds_up(form):
 
 @pytest.mark.parametrize("tokens, batch", [(24, 8), (24, 20), (64, 8)])
 def test_kernels_of_any_step_are_there(tokens, batch):
-    """However few of a step's tokens want logits; codes of 8 bits begin at 17 tokens."""
+    """However few of a step's tokens want logits, or are decodes; codes of 8 bits begin at 17 tokens."""
+    spec = spec_of(TINY, num_attention_heads=8, num_key_value_heads=8)
     asked = sizing(
-        CheckpointConfig(spec_of(TINY), "bf16", Quantization("fp8")), max_batch_size=batch, max_num_tokens=tokens,
+        CheckpointConfig(spec, "bf16", Quantization("fp8")), max_batch_size=batch, max_num_tokens=tokens,
         max_seq_len=64,
     )  # fmt: skip
     layout = CudaBackend().kv_layout(asked, Shard(asked.model.spec, asked.mapping, 0))
     known = set(required_kernels(asked, layout))
     launch, steps = recorded(asked, layout)
     with torch.inference_mode():
-        for count, rows, decodes in [(17, 1, 0), (tokens, 1, 0), (tokens, 2, 2), (tokens, 3, 1)]:
+        for count, rows, decodes in [(17, 1, 0), (tokens, 1, 0), (tokens, 2, 2), (tokens, 3, 1), (tokens, 4, 3)]:
             steps.compute("mixed", Shape(count, max(rows, decodes), rows, 2, decodes))
     assert launch.variants.keys() <= known
 

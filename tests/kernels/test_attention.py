@@ -10,12 +10,15 @@ from torch import Tensor
 
 from tests.kernels.interpreter import mend
 from trtx.converters.spec import Alibi
+from trtx.quantize.formats import FORMATS
+from trtx.runtime.cuda import linear
 from trtx.runtime.cuda.attention import (
     AttentionStep,
     CachedAttention,
     HeadNorm,
     Rotation,
     Slopes,
+    Tiling,
     attention,
     latent_attention,
     query_tile,
@@ -411,6 +414,48 @@ class TestPrefill:
         w = world(device, torch.bfloat16, [33, 100], [33, 20], scales=scales, cached=E4M3)
         q = queries(w, torch.bfloat16, device)
         check(run(launch, w, q, scales), expected_attention(w, q, 64**-0.5), torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", ["fp8", "w4a8_awq"])
+class TestCodes:
+    """They are what `quantize` gives of the numbers in bf16."""
+
+    def reader(self, form: str, width: int, device: torch.device) -> linear.CudaLinear:
+        """A linear that takes them; of numbers near 1 on, they are the largest there are."""
+        torch.manual_seed(0)
+        tensors = {"weight": torch.zeros(16, width).to(E4M3), "weight_scale": torch.ones(())}
+        tensors["input_scale"] = torch.tensor(0.0021)
+        if form == "w4a8_awq":
+            tensors["pre_quant_scale"] = torch.rand(width) + 0.5
+        tensors = {suffix: tensor.to(device) for suffix, tensor in tensors.items()}
+        return linear.resident("o", FORMATS[form], tensors, (16,), torch.bfloat16)
+
+    @pytest.mark.parametrize("splits", [1, 3])
+    @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 80), (20, 1, 16)])
+    def test_decode(
+        self, launch: Launch, device: torch.device, form: str, heads: int, kv_heads: int, dim: int, splits: int
+    ) -> None:
+        """Also what several programs found together, and of sequences that are padding."""
+        w = world(device, torch.bfloat16, [1, 37, 150], [1, 1, 1], heads, kv_heads, dim, spare=1)
+        q, reader = queries(w, torch.bfloat16, device, heads, dim), self.reader(form, heads * dim, device)
+        layer = CachedAttention(launch, *w.arrays, w.step.tables[0], dim)
+        plain = torch.empty(4, heads * dim, dtype=q.dtype, device=device)
+        codes = torch.empty(4, heads * dim, dtype=E4M3, device=device)
+        for out, scales in ((plain, None), (codes, (reader.scales, reader.smooth))):
+            layer.decode(q, w.new, w.step, dim**-0.5, out, Tiling(16, 32, 4, 1), splits, scales)
+        assert torch.equal(codes.float(), linear.quantize(launch, plain, reader)[0].float())
+        assert codes[:3].float().any(1).all() and not codes[3].float().any()
+
+    @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 80), (4, 4, 16)])
+    def test_prefill_beside_decodes(
+        self, launch: Launch, device: torch.device, form: str, heads: int, kv_heads: int, dim: int
+    ) -> None:
+        w = world(device, torch.bfloat16, [40, 60, 33], [1, 50, 33], heads, kv_heads, dim)
+        q, reader = queries(w, torch.bfloat16, device, heads, dim), self.reader(form, heads * dim, device)
+        plain, codes = (run(launch, w, q, codes=given) for given in (None, (reader.scales, reader.smooth)))
+        wanted, _ = linear.quantize(launch, plain.flatten(1), reader)
+        assert codes.dtype == E4M3 and torch.equal(codes.flatten(1).float(), wanted.float())
+        assert plain.dtype == q.dtype and wanted.float().abs().max() == 448
 
 
 class TestLatentAttention:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.builder.models import TINY, spec_of
 from tests.converters import tiny
 from tests.converters.tiny import FIRST, VARIANTS, checkpoint_of
 from tests.kernels.checks import poisoned as poisoned
 from tests.runtime.models import random_model, relative_error
-from trtx.converters.checkpoint import Checkpoint
+from trtx.converters.checkpoint import Checkpoint, CheckpointConfig
+from trtx.quantize.formats import Quantization
 from trtx.runtime.batch import SequenceSlice
+from trtx.runtime.cuda.deferred import Product
 from trtx.runtime.cuda.kv_cache import CudaKVCache
-from trtx.runtime.cuda.launch import Launch
+from trtx.runtime.cuda.launch import Launch, RecordLaunch
+from trtx.runtime.cuda.linear import Codes
+from trtx.runtime.cuda.meta import META, meta_steps
 from trtx.runtime.cuda.ops import CudaOps
+from trtx.runtime.cuda.step import Shape
 from trtx.runtime.cuda.steps import Steps
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.ops.torch_kv_cache import TorchKVCache
@@ -97,3 +105,53 @@ def test_logits_equal_the_torch_op_set(family: str, tmp_path: Path, launch: Laun
     for batch in batches(pair.layout, checkpoint.spec.vocab_size):
         ours, theirs = pair.logits(batch)
         assert relative_error(ours, theirs) < 2e-5
+
+
+@dataclass
+class CountedLaunch(RecordLaunch):
+    """Counts launches by kernel."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def start(self, kernel: str, *args: Any) -> None:
+        self.counts[kernel] += 1
+        super().start(kernel, *args)
+
+
+class WatchedOps(CudaOps):
+    """Keeps what the weights of `project` are multiplied with, by their names."""
+
+    def project(self, x: Any, weight: Any) -> Product:
+        product = super().project(x, weight)
+        self.__dict__.setdefault("inputs", {})[weight.name] = product.x
+        return product
+
+
+@pytest.mark.parametrize(
+    ("form", "shape", "coded"),
+    [
+        ("fp8", Shape.of_decodes(17), True),
+        ("fp8", Shape.of_decodes(16), False),
+        ("fp8", Shape(32, 1, 1, 1, 0), True),
+        ("fp8", Shape(16, 1, 1, 1, 0), False),
+        ("fp8", Shape(32, 3, 3, 1, 2), True),
+        ("none", Shape.of_decodes(17), False),
+    ],
+    ids=["decodes", "few decodes", "prefill", "short prefill", "mixed", "unquantized"],
+)
+@torch.inference_mode()
+def test_attention_gives_the_codes_that_the_next_linear_takes(form: str, shape: Shape, coded: bool) -> None:
+    """And is computed once a layer; then nothing is left to be rounded by itself."""
+    launch, spec = CountedLaunch(), spec_of(TINY)
+    ops = WatchedOps(spec, torch.bfloat16, META, 64, launch, laid_out=False)
+    cache = CudaKVCache(KVLayout.of(spec, 16, 2), 2, torch.bfloat16, META)
+    model = CheckpointConfig(spec, "bf16", Quantization(form))
+    meta_steps(model, ops, cache, (32, 32, 64)).compute("mixed", shape)
+    for layer in range(spec.num_layers):
+        given = ops.inputs[f"layers.{layer}.attn.o"]
+        assert isinstance(given, Codes if coded else torch.Tensor) and len(given) == shape.tokens
+        assert given.dtype == torch.bfloat16
+    assert launch.counts["attention.decode"] == (spec.num_layers if shape.decodes else 0)
+    assert launch.counts["attention.prefill"] == (spec.num_layers if shape.tiles else 0)
+    if coded:
+        assert not launch.counts["linear.multiplied"]
