@@ -58,13 +58,13 @@ class Backend(ABC):
         return joined(store, name, modules)
 
     def add_kernels(  # noqa: B027 - most have none
-        self, store: WeightStore | None, sizing: Sizing, draft: Draft, progress: Progress
+        self, store: WeightStore | None, sizing: Sizing, draft: Draft, compiling: Progress, measuring: Progress
     ) -> None:
         """Write compiled kernels beside the weights of rank 0, if the backend has any.
 
         Args:
             store: the weights; None: random ones.
-            progress: shows how many are compiled.
+            compiling, measuring: show how many are compiled, and what is measured to choose among a library's.
         """
 
     def compile(self, store: WeightStore, sizing: Sizing, draft: Draft, advance: Callable[[int], None]) -> None:

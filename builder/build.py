@@ -208,12 +208,13 @@ def write(
     force: bool = False,
     progress: Progress = silent,
     kernel_progress: Progress = silent,
+    tuning_progress: Progress = silent,
 ) -> list[str]:
     """Write the engine's directory, whole or not at all.
 
     Args:
         progress: shows the bytes written.
-        kernel_progress: shows the kernels compiled, where the backend has any.
+        kernel_progress, tuning_progress: show the kernels compiled, and the products measured, where the backend has any.
 
     Returns:
         Warnings about tokenizer files that could not be written.
@@ -243,7 +244,7 @@ def write(
             with progress(2 * blueprint.sizing.model.bytes) as advance:
                 blueprint.backend.compile(blueprint.store, blueprint.sizing, draft, advance)
         stored = None if blueprint.random is not None else blueprint.store
-        blueprint.backend.add_kernels(stored, blueprint.sizing, draft, kernel_progress)
+        blueprint.backend.add_kernels(stored, blueprint.sizing, draft, kernel_progress, tuning_progress)
         if blueprint.random is not None:
             return blueprint.random.write_tokenizer(draft)
         assert blueprint.checkpoint is not None

@@ -162,6 +162,7 @@ def build(
     bars = {
         "progress": partial(progress, "Building"),
         "kernel_progress": partial(progress, "Compiling", unit="kernels"),
+        "tuning_progress": partial(progress, "Measuring", unit="products"),
     }
     for text in library.write(blueprint, out, force=force, **bars):
         warn(text)

@@ -64,7 +64,9 @@ class CudaBackend(Backend):
         nvrtc = nvrtc_version()
         return {"triton": triton_version(), **({"nvrtc": nvrtc} if nvrtc else {})}
 
-    def add_kernels(self, store: WeightStore | None, sizing: Sizing, draft: Draft, progress: Progress) -> None:
+    def add_kernels(
+        self, store: WeightStore | None, sizing: Sizing, draft: Draft, compiling: Progress, measuring: Progress
+    ) -> None:
         from trtx.builder.cuda.trace import required_kernels
         from trtx.builder.cuda.tune import add_algorithms
         from trtx.builder.engine import KERNELS
@@ -73,9 +75,9 @@ class CudaBackend(Backend):
         folder = draft.path / "rank0" / KERNELS
         layout = self.kv_layout(sizing, Shard(sizing.model.spec, sizing.mapping, 0))
         variants = required_kernels(sizing, layout, store)
-        with progress(len(variants)) as advance:
+        with compiling(len(variants)) as advance:
             compile_kernels(variants, sizing.target.gpu.sm, folder, advance)
-        add_algorithms(store, sizing, folder, progress)
+        add_algorithms(store, sizing, folder, measuring)
         draft.describe(kernels=len(variants))
 
     def linear_entries(self, store: WeightStore, name: str, modules: list[Module], sizing: Sizing) -> Iterator[Entry]:

@@ -17,19 +17,11 @@ _ELEMENTS = 16
 """Elements a thread: two 16-byte loads of 16-bit numbers."""
 
 
-def embed(
-    launch: Launch,
-    ids: Tensor,
-    table: Tensor,
-    scale: float | None = None,
-    positions: Tensor | None = None,
-    position_table: Tensor | None = None,
-) -> Tensor:
+def embed(launch: Launch, ids: Tensor, table: Tensor, scale: float | None = None) -> Tensor:
     """Rows of `table` [V, H] for ids [T], times `scale` (rounded to the compute dtype first) → [T, H].
 
     Args:
-        ids, positions: [T], int32; ids that the table does not have give zeros.
-        position_table: [P, H], whose rows are added.
+        ids: [T], int32; those that the table does not have give zeros.
     """
     out = table.new_empty(len(ids), table.shape[1])
     width = table.shape[1]
@@ -38,7 +30,7 @@ def embed(
     launch(
         "elementwise.embed",
         (len(ids), -(-width // block)),
-        (ids, table, positions, position_table, out),
+        (ids, table, out),
         {"VOCABULARY": len(table), "WIDTH": width, "BLOCK": block, "SCALE": rounded},
         warps=_warps(block),
         pdl=True,
@@ -62,13 +54,6 @@ def norm(launch: Launch, x: Tensor, weight: ResidentNorm, codes: tuple[Tensor, T
     out = x.new_empty(x.shape, dtype=E4M3 if codes else x.dtype)
     rows = x if x.dim() == 3 else x[:, None]
     _norm(launch, rows, out, weight.weight, weight.bias, weight.norm.eps, weight.norm.kind, codes=codes)
-    return out
-
-
-def unit_norm(launch: Launch, x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without a weight; x as `norm` takes it."""
-    out = x.new_empty(x.shape)
-    _norm(launch, x if x.dim() == 3 else x[:, None], out, None, None, eps, "rms")
     return out
 
 

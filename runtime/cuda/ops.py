@@ -107,6 +107,9 @@ class CudaOps(TorchOps):
     def embed(self, step: Any, table: Tensor, scale: float = 1.0) -> Tensor:
         return elementwise.embed(self.launch, step.token_ids, table, scale)
 
+    def embed_positions(self, step: Any, table: Tensor) -> Tensor:
+        return elementwise.embed(self.launch, step.positions, table)
+
     def norm(self, x: Value, weight: ResidentNorm) -> Tensor:
         return elementwise.norm(self.launch, value(x), weight)
 
@@ -123,6 +126,9 @@ class CudaOps(TorchOps):
 
     def mul(self, a: Value, b: Value | float) -> Tensor:
         return super().mul(value(a), b)
+
+    def activation(self, x: Value, kind: str) -> Tensor:
+        return elementwise.activation(self.launch, value(x), kind)
 
     def linear(self, x: Value, weight: CudaLinear | ResidentLinear) -> Tensor:
         if isinstance(weight, ResidentLinear):

@@ -30,8 +30,8 @@ def batch_sizes(most: int) -> list[int]:
 
 
 CHUNKS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
-"""Tokens of the prefills that are captured: a longer one takes the GPU longer than the host, which needs a millisecond a
-layer (2048 tokens of Llama-3.1-8B in FP8 are 26 ms of kernels)."""
+"""Tokens of the prefills that are captured: a longer one takes the GPU longer than the host, which takes half a
+millisecond a layer, or a whole one (2048 tokens of Llama-3.1-8B in FP8 are 26 ms of kernels)."""
 
 _SEQUENCES = 8
 """The most sequences of such a prefill."""

@@ -57,8 +57,6 @@ def activation(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.conste
 def embed(
     ids,
     table,
-    positions,
-    position_table,
     out,
     VOCABULARY: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -66,10 +64,7 @@ def embed(
     SCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows of `table` [VOCABULARY, WIDTH], times SCALE, plus rows of `position_table`. Grid: (T, blocks of a row).
-
-    Ids outside the table give zeros (plus the position's row). Each operation's result is rounded.
-    """
+    """Rows of `table` [VOCABULARY, WIDTH], times SCALE; zeros for ids outside of it. Grid: (T, blocks of a row)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
@@ -82,10 +77,6 @@ def embed(
     value = tl.load(table + row * WIDTH + column, mask=inside & known, other=0.0)
     if SCALE is not None:
         value = (value.to(tl.float32) * SCALE).to(out.dtype.element_ty)
-    if position_table is not None:
-        position = tl.load(positions + token).to(tl.int64)
-        added = tl.load(position_table + position * WIDTH + column, mask=inside)
-        value = (value.to(tl.float32) + added.to(tl.float32)).to(out.dtype.element_ty)
     tl.store(out + token.to(tl.int64) * WIDTH + column, value, mask=inside)
 
 
