@@ -214,7 +214,7 @@ def write(
 
     Args:
         progress: shows the bytes written.
-        kernel_progress, tuning_progress: show the kernels compiled, and the products measured, where the backend has any.
+        kernel_progress, tuning_progress: show the kernels compiled and the products measured, where the backend has any.
 
     Returns:
         Warnings about tokenizer files that could not be written.
@@ -411,11 +411,8 @@ def _remarks(sizing: Sizing, backend: Backend) -> Iterator[str]:
             f"{lacking}the torch backend dequantizes {form} weights to {sizing.compute_dtype} when it loads them: "
             f"results are those of {form}, memory and speed those of {sizing.compute_dtype}."
         )
-    if form == "int4_awq" and backend.name == "cuda" and "nvrtc" not in backend.versions():
-        yield (
-            "Without NVRTC 12.8 or newer, single tokens meet INT4 weights in a slower kernel "
-            "(pip install nvidia-cuda-nvrtc)."
-        )
+    if backend.name == "cuda" and "nvrtc" not in backend.versions():
+        yield "Without NVRTC 12.8 or newer, kernels for few tokens are slower ones (pip install nvidia-cuda-nvrtc)."
 
 
 def _fingerprint(target: Target, backend: Backend) -> Fingerprint:

@@ -28,12 +28,13 @@ def nvrtc_version() -> str:
 
 
 def source(variant: Variant) -> str:
-    """What is compiled: the kernel's file, its constants defined before it but for those that are None or empty."""
+    """What is compiled: the kernel's file with those that it includes, its constants defined before it.
+
+    Constants that are None or empty are left undefined.
+    """
     constants = {**dict(variant.constants), "WARPS": variant.warps}
     defined = [f"#define {name} {_literal(value)}" for name, value in constants.items() if value not in (None, "")]
-    name = f"{variant.function}.cu"
-    text = (files("trtx.runtime.kernels") / name).read_text(encoding="utf-8")
-    return "\n".join([*defined, f'#line 1 "{name}"', text])
+    return "\n".join([*defined, *_lines(f"{variant.function}.cu")])
 
 
 def compile_native(variant: Variant, sm: str, options: tuple[str, ...] = ()) -> tuple[bytes, str]:
@@ -74,6 +75,16 @@ def checked(result: tuple[Any, ...]) -> Any:
     if int(status):
         raise RuntimeError(f"NVRTC: {status.name}")
     return values[0] if len(values) == 1 else values
+
+
+def _lines(name: str) -> list[str]:
+    """A file beside the kernels, with what it includes in place."""
+    lines = [f'#line 1 "{name}"']
+    text = (files("trtx.runtime.kernels") / name).read_text(encoding="utf-8")
+    for number, line in enumerate(text.split("\n"), 1):
+        directive, _, rest = line.partition(" ")
+        lines += [*_lines(rest.strip('"')), f'#line {number + 1} "{name}"'] if directive == "#include" else [line]
+    return lines
 
 
 def _literal(value: Constant) -> str:

@@ -2,7 +2,8 @@
 
     tokens    way
     1         `gemv`: each program reads a few rows of the weight; bound by reading it
-    few       `skinny`: tensor cores, programs share the K of a tile; still bound by reading it
+    to 16     few.cu, where it fits: tensor cores; still bound by reading it
+    few       `skinny`: the same by Triton, programs share the K of a tile
     more      cuBLAS, on codes of 8 bits where it takes them, else on the weight dequantized for the call
 
 Weights of 4 bits have kernels of their own, `gemv4` and `skinny4`; up to 128 tokens, 64 at a time are less
@@ -306,7 +307,7 @@ def _linear(
     constants["INPUT"] = given
     if m == 1:
         _gemv(launch, operands, constants, w.weight.itemsize)
-    else:
+    elif not _few(launch, operands, constants, w, m):
         _skinny(launch, operands, constants, w, m)
     return out
 
@@ -466,6 +467,62 @@ def _skinny(launch: Launch, operands: Operands, constants: dict[str, Constant], 
         shape.stages,
         pdl=True,
     )  # fmt: skip
+
+
+def _few(launch: Launch, operands: Operands, constants: dict[str, Constant], w: CudaLinear, m: int) -> bool:
+    """Multiply by the kernel in CUDA C++ for few tokens, if it fits; whether it does."""
+    smooth, out = operands[4], operands[-1]
+    n, k, parts = constants["N"], constants["K"], 2 if constants["GATED"] else 1
+    assert isinstance(n, int) and isinstance(k, int) and out is not None
+    plain = constants["INPUT"] == "plain"
+    fits = w.weight.dtype == (out.dtype if plain else E4M3) and not (plain and smooth is not None)
+    shape = few_shape(m, n, k, w.weight.itemsize, parts, launch.dependent) if launch.native and fits else None
+    if shape is None:
+        return False
+    launch(
+        "cu.few",
+        (n * parts // (16 * shape.tiles) * shape.splits,),
+        (*operands, m),
+        {
+            **constants, "BYTES": w.weight.itemsize, "SMOOTH": smooth is not None, "HALF": out.dtype == torch.float16,
+            "TOKENS": shape.tokens, "TILES": shape.tiles, "PAIRS": shape.pairs, "SPLITS": shape.splits,
+            "BLOCKS": shape.blocks,
+        },
+        shape.warps,
+        stages=1,
+        pdl=True,
+    )  # fmt: skip
+    return True
+
+
+@dataclass(frozen=True)
+class Few:
+    """The shape of a launch of few.cu: see there."""
+
+    tokens: int
+    tiles: int
+    pairs: int
+    warps: int
+    splits: int = 1
+    blocks: int = 2
+
+
+def few_shape(m: int, n: int, k: int, itemsize: int, parts: int, clusters: bool) -> Few | None:
+    """How few.cu is launched for m tokens and n outputs, each of `parts` rows of a weight; None: it does not fit.
+
+    The best of those tried on an H100 in Llama's shapes.
+
+    Args:
+        clusters: programs can share memory.
+    """
+    tokens, line = 8 if m <= 8 else 16, 128 // itemsize
+    tiles = 1 if parts == 1 and n % 32 else 2
+    pairs = 2 if tokens == 8 and itemsize > 1 and k % (2 * line) == 0 else 1
+    splits = 2 if clusters and tokens == 16 and itemsize == 1 and n <= 16 * _PROGRAMS and k % (2 * line) == 0 else 1
+    if m > tokens or n * parts % (16 * tiles) or k % (line * pairs):
+        return None
+    chunks = k // (line * pairs * splits)
+    return Few(tokens, tiles, pairs, -(-chunks // -(-chunks // 8)), splits)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@
 // Defined before this: N, K, GROUP, GATED, KIND, LIMIT (or not), OFFSET, PDL; SMOOTH; HALF: x and out are fp16; TILES,
 // WARPS; BLOCKS: programs that a multiprocessor has to hold side by side.
 
+#include "common.cu"
+
 constexpr int PARTS = 1 + GATED, ROWS = 16 * TILES / PARTS, RUNS = K / 32, CHUNKS = K / 512;
 static_assert(GROUP == 128 && K % 512 == 0 && WARPS <= CHUNKS, "K");
 static_assert(TILES % PARTS == 0 && N % ROWS == 0 && ROWS <= 32 * WARPS, "N");
@@ -26,60 +28,7 @@ static_assert(TILES % PARTS == 0 && N % ROWS == 0 && ROWS <= 32 * WARPS, "N");
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                             \
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
 
-// Part of a weight: read once, so that other things stay in the cache. (With .nc, ptxas would move those that are ahead
-// of griddepcontrol.wait behind it.)
-__device__ __forceinline__ uint4 streamed(const uint4* from) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-
 __device__ __forceinline__ float component(float4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// A number of x's dtype.
-__device__ __forceinline__ float number(unsigned short bits) {
-    float v;
-    if (HALF)
-        asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
-    else
-        v = __uint_as_float((unsigned)bits << 16);
-    return v;
-}
-
-__device__ __forceinline__ unsigned short rounded(float v) {
-    unsigned short bits;
-    if (HALF)
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
-    else
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
-    return bits;
-}
-
-#if GATED
-enum Kind { silu, gelu, gelu_tanh, quick_gelu, relu, relu2 };
-
-// `_gate` of linear.py.
-__device__ __forceinline__ float gate(float x, float up) {
-#ifdef LIMIT
-    x = x > LIMIT ? LIMIT : x;
-    up = up > LIMIT ? LIMIT : up < -LIMIT ? -LIMIT : up;
-#endif
-    float y;
-    if (KIND == gelu) {
-        y = 0.5f * x * (1 + erff(x * 0.7071067811865476f));
-    } else if (KIND == relu || KIND == relu2) {
-        const float positive = x < 0 ? 0 : x;
-        y = KIND == relu2 ? positive * positive : positive;
-    } else {  // x sigmoid(u)
-        const float u = KIND == gelu_tanh    ? 1.5957691216057308f * (x + 0.044715f * x * x * x)
-                        : KIND == quick_gelu ? 1.702f * x
-                                             : x;
-        y = x / (1 + __expf(-u));
-    }
-    return y * (up + OFFSET);
-}
-#endif
 
 // x, residual and out are not __restrict__: a kernel that may still run when this one starts writes x and residual, and
 // residual may be out.

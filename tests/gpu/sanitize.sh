@@ -24,9 +24,9 @@ elementwise='test_elementwise.py and bfloat16 and (test_add_norm[5 or test_embed
 experts='test_experts.py and (test_route[2 or (test_experts[ and silu and bfloat16) or test_many or test_pairs)'
 sampling='test_sampling.py and ((test_greedy[5003 and bfloat16) or test_draws or test_penalties)'
 steps='test_cuda_ops.py and [llama]'
-native='test_gemv4.py and (test_products[64- or test_gated[silu)'
+native='(test_gemv4.py and (test_products[64- or test_gated[silu)) or (test_few.py and (test_codes or test_gated[silu))'
 choice="($linear) or ($attention) or ($elementwise) or ($experts) or ($sampling) or ($steps) or ($native)"
 
 # An error of the driver's API is no bad access: torch asks for functions that a driver may not have.
 exec "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 86 "${PYTHON:-python3}" -m pytest -m '' \
-    -p no:cacheprovider -k "$choice" tests/kernels tests/gpu/test_gemv4.py "$@"
+    -p no:cacheprovider -k "$choice" tests/kernels tests/gpu/test_gemv4.py tests/gpu/test_few.py "$@"

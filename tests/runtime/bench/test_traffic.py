@@ -16,7 +16,7 @@ LINEARS = LAYERS * (WIDTH * (64 + 32 + 32) + WIDTH * WIDTH + 3 * WIDTH * INNER)
 HEAD = WIDTH * VOCABULARY
 
 
-def traffic(quantization="none", kv_dtype="bf16", config=TINY, **changes):
+def traffic(quantization="none", kv_dtype="bf16", config=TINY, versions=None, **changes):
     spec = spec_of(config, **changes)
     model = CheckpointConfig(
         spec, "bf16", Quantization(quantization, group_size=64 if quantization == "int4_awq" else 0)
@@ -24,7 +24,13 @@ def traffic(quantization="none", kv_dtype="bf16", config=TINY, **changes):
     limits = Limits(8, 1024, 2048, 16, 100, kv_dtype)
     return Traffic(
         EngineConfig(
-            "cuda", model, "bf16", limits, ParallelMapping(), Fingerprint("cuda", "h100-sxm", "9.0"), ledger={}
+            "cuda",
+            model,
+            "bf16",
+            limits,
+            ParallelMapping(),
+            Fingerprint("cuda", "h100-sxm", "9.0", versions or {}),
+            ledger={},
         )
     )
 
@@ -46,6 +52,13 @@ def test_weights_in_words_take_half_a_byte():
     smooth = LAYERS * (3 * WIDTH + INNER)
     assert found["linear.gemv4"] == pytest.approx(LINEARS / 2 + 4 * LINEARS / 64 + 4 * smooth, rel=0.1)
     assert found["linear.gemv"] == pytest.approx(2 * HEAD, rel=0.1)
+
+
+def test_an_engine_made_with_nvrtc_has_kernels_in_cuda():
+    """They move what Triton's do, but for counters."""
+    triton, native = (traffic(versions=versions).of_step(decodes(100, 200)) for versions in ({}, {"nvrtc": "13.0"}))
+    assert triton["linear.skinny"] > native["cu.few"] > 2 * (LINEARS + HEAD)
+    assert "linear.skinny" not in native and "cu.few" not in triton
 
 
 @pytest.mark.parametrize(("kv_dtype", "size"), [("bf16", 2), ("fp8", 1)])
