@@ -214,7 +214,7 @@ def write(
 
     Args:
         progress: shows the bytes written.
-        kernel_progress, tuning_progress: show the kernels compiled and the products measured, where the backend has any.
+        kernel_progress, tuning_progress: show the kernels compiled and the products measured, if the backend has any.
 
     Returns:
         Warnings about tokenizer files that could not be written.

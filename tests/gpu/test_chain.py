@@ -53,7 +53,7 @@ def test_commands_give_the_cpu_s_tokens(checkpoint, smollm2_reference, gpu, tmp_
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"id": str(i), "prompt": p}) + "\n" for i, p in enumerate(PROMPTS)))
     outputs = {}
-    limits = ["--max-batch-size", 8, "--max-num-tokens", 48, "--max-seq-len", 256]
+    limits = ["--backend", "torch", "--max-batch-size", 8, "--max-num-tokens", 48, "--max-seq-len", 256]
     for device in ("auto", "cpu"):
         engine = tmp_path / device
         trtx("build", checkpoint, engine, "--gpu", device, *limits)
@@ -78,7 +78,7 @@ def test_tiny_models_equal_the_cpu_and_transformers(family, tmp_path, record_pro
     error = relative_error(*(logits_on(device, checkpoint, ids) for device in ("cuda", "cpu")))
     record_property("largest_relative_difference", error)
     assert error < 1e-4
-    settings = {"gpu": "auto", "max_num_tokens": 24, "kv_cache_memory": 192 << 10}
+    settings = {"gpu": "auto", "backend": "torch", "max_num_tokens": 24, "kv_cache_memory": 192 << 10}
     llm = LLM(engine_of(checkpoint, tmp_path / "engine", **settings))
     assert llm.executor.runner.device.type == "cuda"
     rng = random.Random(family)
@@ -95,7 +95,7 @@ def test_block_sizes_and_kv_dtypes_run(block_size, kv_dtype, tmp_path):
     prompt = list(range(60))
     outputs = []
     for device in ("auto", "cpu"):
-        settings = {"gpu": device, "kv_block_size": block_size, "kv_cache_dtype": kv_dtype}
+        settings = {"gpu": device, "backend": "torch", "kv_block_size": block_size, "kv_cache_dtype": kv_dtype}
         llm = LLM(engine_of(checkpoint, tmp_path / device, **settings))
         outputs.append(llm.generate([prompt], GREEDY)[0].token_ids)
     assert outputs[0][:8] == outputs[1][:8]
@@ -143,7 +143,7 @@ def test_8b_engine_of_random_weights_runs_in_its_ledger(gpu, tmp_path, record_pr
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LLAMA_8B))
     engine, report = tmp_path / "engine", tmp_path / "report.json"
-    trtx("build", f"random:{config}", engine, "--max-batch-size", 16, "--max-seq-len", 1024)
+    trtx("build", f"random:{config}", engine, "--backend", "torch", "--max-batch-size", 16, "--max-seq-len", 1024)
     options = ["--isl", 128, "--osl", 32, "--concurrency", 16, "--num-requests", 32]
     trtx("bench", engine, *options, "--output", report, "--json")
     record_property("bench", json.loads(report.read_text())["metrics"])
