@@ -476,17 +476,16 @@ def _few(launch: Launch, operands: Operands, constants: dict[str, Constant], w: 
     assert isinstance(n, int) and isinstance(k, int) and out is not None
     plain = constants["INPUT"] == "plain"
     fits = w.weight.dtype == (out.dtype if plain else E4M3) and not (plain and smooth is not None)
-    shape = few_shape(m, n, k, w.weight.itemsize, parts, launch.dependent) if launch.native and fits else None
+    shape = few_shape(m, n, k, w.weight.itemsize, parts) if launch.native and fits else None
     if shape is None:
         return False
     launch(
         "cu.few",
-        (n * parts // (16 * shape.tiles) * shape.splits,),
+        (n * parts // (16 * shape.tiles),),
         (*operands, m),
         {
             **constants, "BYTES": w.weight.itemsize, "SMOOTH": smooth is not None, "HALF": out.dtype == torch.float16,
-            "TOKENS": shape.tokens, "TILES": shape.tiles, "PAIRS": shape.pairs, "SPLITS": shape.splits,
-            "BLOCKS": shape.blocks,
+            "TOKENS": shape.tokens, "TILES": shape.tiles, "PAIRS": shape.pairs, "BLOCKS": shape.blocks,
         },
         shape.warps,
         stages=1,
@@ -503,26 +502,24 @@ class Few:
     tiles: int
     pairs: int
     warps: int
-    splits: int = 1
-    blocks: int = 2
+    blocks: int
 
 
-def few_shape(m: int, n: int, k: int, itemsize: int, parts: int, clusters: bool) -> Few | None:
+def few_shape(m: int, n: int, k: int, itemsize: int, parts: int) -> Few | None:
     """How few.cu is launched for m tokens and n outputs, each of `parts` rows of a weight; None: it does not fit.
 
-    The best of those tried on an H100 in Llama's shapes.
-
-    Args:
-        clusters: programs can share memory.
+    The best of those tried on an H100 in Llama's shapes: programs of 16 warps where each has a multiprocessor for
+    itself, and in 16 bits also where there are many; else two of 8 share one.
     """
     tokens, line = 8 if m <= 8 else 16, 128 // itemsize
-    tiles = 1 if parts == 1 and n % 32 else 2
-    pairs = 2 if tokens == 8 and itemsize > 1 and k % (2 * line) == 0 else 1
-    splits = 2 if clusters and tokens == 16 and itemsize == 1 and n <= 16 * _PROGRAMS and k % (2 * line) == 0 else 1
+    tiles = 1 if parts == 1 and (n % 32 or n < 8 * _PROGRAMS) else 2
+    programs = n * parts // (16 * tiles)
+    large = programs <= _PROGRAMS // 2 or (itemsize > 1 and programs > 2 * _PROGRAMS)
+    pairs = 2 if not large and itemsize > 1 and k % (2 * line) == 0 else 1
     if m > tokens or n * parts % (16 * tiles) or k % (line * pairs):
         return None
-    chunks = k // (line * pairs * splits)
-    return Few(tokens, tiles, pairs, -(-chunks // -(-chunks // 8)), splits)
+    most, chunks = 16 if large else 8, k // (line * pairs)
+    return Few(tokens, tiles, pairs, -(-chunks // -(-chunks // most)), 1 if large else 2)
 
 
 @dataclass(frozen=True)

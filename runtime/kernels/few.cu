@@ -7,12 +7,11 @@
 //
 // A program has TILES of 16 rows (gated: half of them up), and its warps share K: each takes every WARPS-th chunk of
 // PAIRS lines of 128 bytes a row. Registers that have been multiplied are loaded again, so that a chunk is always on its
-// way, the first one while the kernel before still runs. SPLITS programs are a cluster, and share K too: the fewer
-// columns a program has for its rows, the less of x it reads.
+// way, the first one while the kernel before still runs.
 //
 // Defined before this: N, K, BYTES of a weight, INPUT, SCALE, SMOOTH; GATED, KIND, LIMIT (or not), OFFSET, PDL; HALF: x
-// and out are fp16; TOKENS: 8 or 16; TILES, PAIRS, WARPS, SPLITS; BLOCKS: programs that a multiprocessor has to hold
-// side by side.
+// and out are fp16; TOKENS: 8 or 16; TILES, PAIRS, WARPS; BLOCKS: programs that a multiprocessor has to hold side by
+// side.
 
 #define FETCHED ".L2::256B"  // an H100 was up to 6% faster
 #include "common.cu"
@@ -24,10 +23,10 @@ constexpr int PARTS = 1 + GATED, SIDE = 16 * TILES, ROWS = SIDE / PARTS, THREADS
 constexpr int EIGHTS = TOKENS / 8;                       // of tokens: mma's B has eight columns
 constexpr int WIDE = 16 / BYTES;                         // columns of a lane's 16 bytes
 constexpr int LINE = 8 * WIDE, CHUNK = PAIRS * LINE;     // columns
-constexpr int SHARE = K / SPLITS, CHUNKS = SHARE / CHUNK;
+constexpr int CHUNKS = K / CHUNK;
 constexpr int X_BYTES = INPUT == codes ? 1 : 2, PIECES = WIDE * X_BYTES / 16;  // of 16 bytes, where x is read
 constexpr int STEPS = WIDE / 4;                          // mma's to multiply a lane's 16 bytes
-static_assert(TOKENS % 8 == 0 && K % (SPLITS * CHUNK) == 0 && WARPS <= CHUNKS, "K");
+static_assert(TOKENS % 8 == 0 && K % CHUNK == 0 && WARPS <= CHUNKS, "K");
 static_assert(TILES % PARTS == 0 && N % ROWS == 0, "N");
 static_assert((BYTES == 2) == (INPUT == plain), "INPUT");
 
@@ -72,37 +71,16 @@ __device__ __forceinline__ unsigned coded(float low, float high) {
     return halves(v, 0);
 }
 
-__device__ __forceinline__ void cluster_barrier() {
-#if SPLITS > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// A number at the same place in the shared memory of another program of the cluster.
-__device__ __forceinline__ float shared_by(int split, const float* here) {
-    float v = 0;
-#if SPLITS > 1
-    const unsigned address = (unsigned)__cvta_generic_to_shared(here);
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-                 : "=f"(v) : "r"(address), "r"(split));
-#endif
-    return v;
-}
-
 // x, residual and out are not __restrict__: a kernel that may still run when this one starts writes x and residual, and
 // residual may be out.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-#if SPLITS > 1
-__cluster_dims__(SPLITS, 1, 1)
-#endif
 few(const unsigned char* x, const unsigned char* __restrict__ weight, const float* __restrict__ scale,
     const float* __restrict__ scales, const float* __restrict__ smooth, const float* x_scale,
     const unsigned short* __restrict__ bias, const unsigned short* residual, unsigned short* out, int M) {
     __shared__ float sums[WARPS][TOKENS][SIDE + 4];  // the 4 keep lanes' banks apart
     if (PDL) asm volatile("griddepcontrol.launch_dependents;");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int split = blockIdx.x % SPLITS, first = blockIdx.x / SPLITS * ROWS;
-    const int begin = split * SHARE + warp * CHUNK;
+    const int first = blockIdx.x * ROWS, begin = warp * CHUNK;
 
     const unsigned char* w_at[PARTS];
     uint4 w[PAIRS][TILES][2][2];  // by half of a line, and of a tile's rows
@@ -159,8 +137,7 @@ few(const unsigned char* x, const unsigned char* __restrict__ weight, const floa
                         const int two = 2 * step + upper;
                         float2 by = {1, 1};
                         if (SMOOTH)
-                            by = __ldg((const float2*)(smooth + split * SHARE + chunk * CHUNK + p * LINE +
-                                                       h * LINE / 2 + WIDE * t) + two);
+                            by = __ldg((const float2*)(smooth + chunk * CHUNK + p * LINE + h * LINE / 2 + WIDE * t) + two);
 #pragma unroll
                         for (int e = 0; e < EIGHTS; e++) {
                             const unsigned bits = word(v[e][h][two / 4 % PIECES], two % 4);
@@ -206,29 +183,18 @@ few(const unsigned char* x, const unsigned char* __restrict__ weight, const floa
 #pragma unroll
             for (int j = 0; j < 4; j++) sums[warp][8 * e + 2 * t + j % 2][16 * i + 8 * (j / 2) + g] = y[i][e][j];
     __syncthreads();
-    if (SPLITS > 1) {
-        for (int at = threadIdx.x; at < TOKENS * SIDE; at += THREADS) {
-            float* sum = &sums[0][at / SIDE][at % SIDE];
-            float total = *sum;
-#pragma unroll
-            for (int i = 1; i < WARPS; i++) total += sums[i][at / SIDE][at % SIDE];
-            *sum = total;
-        }
-        cluster_barrier();
-    }
-    constexpr int SHARED = SPLITS > 1 ? SPLITS : WARPS, OUTS = TOKENS * ROWS / SPLITS;
+    constexpr int OUTS = TOKENS * ROWS;
 #pragma unroll
     for (int from = 0; from < OUTS; from += THREADS) {
-        const int at = split * OUTS + from + threadIdx.x, token = at / ROWS, n = first + at % ROWS;
-        if (from + threadIdx.x < OUTS && token < M) {
+        const int at = from + threadIdx.x, token = at / ROWS, n = first + at % ROWS;
+        if (at < OUTS && token < M) {
             float total[PARTS];
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 const int side = part * ROWS + at % ROWS;
                 total[part] = 0;
 #pragma unroll
-                for (int i = 0; i < SHARED; i++)
-                    total[part] += SPLITS > 1 ? shared_by(i, &sums[0][token][side]) : sums[i][token][side];
+                for (int i = 0; i < WARPS; i++) total[part] += sums[i][token][side];
                 if (INPUT == e4m3) total[part] *= scales[1];
                 if (INPUT == codes) total[part] *= x_scale[token];
                 if (SCALE == row) total[part] *= scale[part * N + n];
@@ -242,5 +208,4 @@ few(const unsigned char* x, const unsigned char* __restrict__ weight, const floa
             out[token * N + n] = rounded(total[0]);
         }
     }
-    cluster_barrier();  // others have read what is here
 }
