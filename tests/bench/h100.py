@@ -1,7 +1,7 @@
 """The cuda backend on one GPU, beside what vLLM 0.26.0 reached on an H100 with the same workloads.
 
     python -m tests.bench.h100 --out h100-bench.json
-    python -m tests.bench.h100 --load --out h100-bench.json    loading from files; its rows join those of the report
+    python -m tests.bench.h100 --load --out h100-bench.json    loading from files
     python -m tests.bench.h100 --table h100-bench.json         the table of the README
 
 Weights are random, prompts are random token ids, decoding is greedy and nothing is detokenized. TTFT is the time of a
@@ -10,6 +10,8 @@ the whole run, prefill included, all requests handed in at once and at most B ru
 the engine to being ready, its weights drawn on the GPU. With --load they are read from files, which are in the page
 cache, by a fresh process, which has imported trtx and not touched the GPU yet. The peer's figures were measured with
 the same definitions on another machine of the same kind, and hosts differ: they are for orientation.
+
+A report of several calls has the latest row of each, with the commit it was measured at.
 """
 
 from __future__ import annotations
@@ -133,17 +135,15 @@ class Bench:
         self.vocab = config_of(case.model)["vocab_size"]
         self.served = 0
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> Iterator[dict[str, Any]]:
         """The rows; engines are sized to each batch, as the peer's were."""
-        rows = []
         for batch in dict.fromkeys(work.batch for work in self.case.works):
             works = [work for work in self.case.works if work.batch == batch]
             llm, start = self.open(batch, max(work.isl + work.osl for work in works))
-            rows += [self.measure(llm, work, start) for work in works]
+            yield from (self.measure(llm, work, start) for work in works)
             del llm
             gc.collect()
             torch.cuda.empty_cache()
-        return rows
 
     def open(self, batch: int, length: int) -> tuple[LLM, float]:
         """An engine for so many sequences, and the seconds from opening it to being ready."""
@@ -284,58 +284,52 @@ NAMES = {"ttft_ms": "TTFT, ms", "tpot_ms": "TPOT, ms", "out_tok_s": "output toke
 def table(report: dict[str, Any]) -> str:
     """The rows as Markdown; better is below 1 for times, above 1 for throughput."""
     lines = [
-        "| model | batch | in → out | | vLLM 0.26.0 | trtx | trtx / vLLM |",
-        "| --- | ---: | --- | --- | ---: | ---: | ---: |",
+        "| model | batch | in → out | | vLLM 0.26.0 | trtx | trtx / vLLM | commit |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | --- |",
     ]
     cases = {case.name: case for case in CASES}
-    for row in sorted(report["rows"], key=lambda row: list(cases).index(row["case"])):
+    for row in sorted(report["rows"], key=lambda row: (list(cases).index(row["case"]), row.get("batch", 0))):
         case = cases[row["case"]]
         name = f"{case.model.split('/')[-1]} {'bf16' if case.format == 'none' else case.format}"
         for key in (key for key in NAMES if key in row):
             peer, digits = row["peer"].get(key), 0 if row[key] > 100 else 2
             theirs, ratio = (f"{peer:g}", f"{row[key] / peer:.2f}") if peer else ("", "")
             work = f"{row['isl']} → {row['osl']}" if "isl" in row else f"{row['bytes'] / 1e9:.1f} GB"
-            cells = name, row.get("batch", ""), work, NAMES[key], theirs, f"{row[key]:.{digits}f}", ratio
+            value, commit = f"{row[key]:.{digits}f}", row["commit"][:7]
+            cells = name, row.get("batch", ""), work, NAMES[key], theirs, value, ratio, commit
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def measure(cases: list[Case], folder: Path, reps: int, report: dict[str, Any]) -> Iterator[None]:
-    """Add the rows of cases to the report, and what kept one from being measured."""
-    report["read_ceiling_tb_s"] = read_ceiling()
-    print(f"{report['gpu']}, read ceiling {report['read_ceiling_tb_s']:.2f} TB/s", flush=True)
+def measured(cases: list[Case], folder: Path, reps: int) -> Iterator[dict[str, Any]]:
+    """The rows of cases, and what kept one from being measured."""
     for case in cases:
         try:
-            report["rows"] += Bench(case, folder, reps).run()
+            yield from Bench(case, folder, reps).run()
         except Exception as error:
             print(f"{case.name}: {error!r}", flush=True)
-            report["rows"].append({"case": case.name, "error": repr(error)})
-        yield
+            yield {"case": case.name, "error": repr(error)}
 
 
-def time_loading(
-    cases: list[Case], folder: Path, reps: int, report: dict[str, Any], earlier: Path | None
-) -> Iterator[None]:
-    """Make the report the earlier one, if there is one of this GPU, and put the cases' rows of loading into it."""
-    made = {"commit": report["commit"], "date": report["date"]}
-    if earlier and earlier.exists():
-        known = json.loads(earlier.read_text())
-        assert known["gpu"] == report["gpu"], f"{earlier} is of {known['gpu']}"
-        report |= known
-    for case in cases:
-        row = load(case, folder, reps) | made
-        report["rows"] = [r for r in report["rows"] if r["case"] != case.name or "load_s" not in r] + [row]
-        yield
+def joined(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a report with one more, in the place of what was measured of the same before, or failed."""
+
+    def gives_way(known: dict[str, Any]) -> bool:
+        if "error" in known or "error" in row:
+            return "error" in known and known["case"] == row["case"]
+        return all(known.get(key) == row.get(key) for key in ("case", "batch", "isl", "osl"))
+
+    return [known for known in rows if not gives_way(known)] + [row]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a report; what it holds of other work is kept")
     parser.add_argument("--cases", nargs="*", help=f"default: all, or with --load {' and '.join(LOADED)}")
     parser.add_argument("--batches", nargs="*", type=int)
     parser.add_argument("--reps", type=int, help="default: 1, or with --load 3")
     parser.add_argument("--commit", default="")
-    parser.add_argument("--load", action="store_true", help="time loading from files; its rows join those of OUT")
+    parser.add_argument("--load", action="store_true", help="time loading from files")
     parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
     args = parser.parse_args()
     if args.table:
@@ -347,19 +341,26 @@ def main() -> None:
         for case in CASES
         if case.name in names
     ]
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": args.commit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rows": [],
+    gpu, ceiling, rows = torch.cuda.get_device_name(), read_ceiling(), []
+    print(f"{gpu}, read ceiling {ceiling:.2f} TB/s", flush=True)
+    if args.out and args.out.exists():
+        known = json.loads(args.out.read_text())
+        assert known["gpu"] == gpu, f"{args.out} is of {known['gpu']}"
+        rows = known["rows"]
+    made = {
+        "commit": args.commit, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__, "read_ceiling_tb_s": ceiling,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.load:
-            done = time_loading(cases, folder, args.reps or 3, report, args.out)
+            found = (load(case, folder, args.reps or 3) for case in cases)
         else:
-            done = measure(cases, folder, args.reps or 1, report)
-        for _ in done:
+            found = measured(cases, folder, args.reps or 1)
+        for row in found:
+            rows = joined(rows, row | made)
             if args.out:
-                args.out.write_text(json.dumps(report, indent=1))
+                args.out.write_text(json.dumps({"gpu": gpu, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -22,24 +21,24 @@ def test_table():
     fp8 = {"case": "8b-fp8", "batch": 8, "isl": 512, "osl": 256, "peer": {"out_tok_s": 1614}, "out_tok_s": 1900.4}
     load = {"case": "8b-bf16", "peer": {"load_s": 50.0}, "load_s": 4.0, "bytes": 16_060_000_000, "gb_s": 4.0}
     failed = {"case": "1b-bf16", "error": "RuntimeError()"}
-    assert h100.table({"rows": [fp8, failed, load]}).splitlines()[2:] == [
-        "| Llama-3.1-8B bf16 |  | 16.1 GB | start from files, s | 50 | 4.00 | 0.08 |",
-        "| Llama-3.1-8B fp8 | 8 | 512 → 256 | output tokens/s | 1614 | 1900 | 1.18 |",
+    rows = [row | {"commit": "0123456789"} for row in (fp8, failed, load)]
+    assert h100.table({"rows": rows}).splitlines()[2:] == [
+        "| Llama-3.1-8B bf16 |  | 16.1 GB | start from files, s | 50 | 4.00 | 0.08 | 0123456 |",
+        "| Llama-3.1-8B fp8 | 8 | 512 → 256 | output tokens/s | 1614 | 1900 | 1.18 | 0123456 |",
     ]
 
 
-def test_rows_of_loading_join_an_earlier_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(h100, "load", lambda case, folder, reps: {"case": case.name, "load_s": 2.0})
-    bench = {"case": "8b-bf16", "batch": 1, "ttft_ms": 7.0}
-    earlier = {"gpu": "H100", "commit": "a", "date": "x", "rows": [bench, {"case": "8b-bf16", "load_s": 9.0}]}
-    (tmp_path / "report.json").write_text(json.dumps(earlier))
-    report = {"gpu": "H100", "commit": "b", "date": "y", "rows": []}
-    for _ in h100.time_loading([CASES["8b-bf16"]], tmp_path, 1, report, tmp_path / "report.json"):
-        pass
-    loaded = {"case": "8b-bf16", "load_s": 2.0, "commit": "b", "date": "y"}
-    assert report == {**earlier, "rows": [bench, loaded]}
-    with pytest.raises(AssertionError, match="is of H100"):
-        next(h100.time_loading([], tmp_path, 1, {**report, "gpu": "H200"}, tmp_path / "report.json"))
+def test_rows_take_the_place_of_earlier_ones():
+    """Of the same work: what else is known stays."""
+    bench = {"case": "8b-bf16", "batch": 1, "isl": 128, "osl": 128, "ttft_ms": 7.0, "commit": "a"}
+    longer = {**bench, "isl": 2048}
+    load = {"case": "8b-bf16", "load_s": 9.0, "commit": "a"}
+    failed = {"case": "8b-bf16", "error": "RuntimeError()", "commit": "a"}
+    rows = [bench, longer, load, failed]
+    assert h100.joined(rows, load | {"commit": "b"}) == [bench, longer, load | {"commit": "b"}]
+    assert h100.joined(rows, bench | {"commit": "b"}) == [longer, load, bench | {"commit": "b"}]
+    assert h100.joined(rows, failed | {"commit": "b"}) == [bench, longer, load, failed | {"commit": "b"}]
+    assert h100.joined(rows, {**failed, "case": "8b-fp8"}) == [*rows, {**failed, "case": "8b-fp8"}]
 
 
 @pytest.mark.parametrize("name", h100.LOADED)
