@@ -21,7 +21,9 @@ from trtx.converters.errors import ExitCode
 
 PACKAGES = {
     "torch": "for all commands but inspect, doctor and make",
-    "triton": "comes with CUDA builds of torch; not used by this version",
+    "triton": "for trtx build --backend cuda",
+    "nvidia-cuda-nvrtc": "for trtx build --backend cuda, where torch for CUDA has not brought it",
+    "cuda-bindings": "to run engines of the backend cuda",
     "nvidia-modelopt": "for trtx quantize",
     "transformers": "for trtx's tests",
     "gguf": "for trtx convert MODEL.gguf",
@@ -52,7 +54,12 @@ def doctor(as_json: Json = False) -> None:
         "packages": {name: _version(name) for name in PACKAGES},
         "torch": torch,
         "gpus": gpus,
-        "backends": [_cpu_backend(torch), _cuda_backend(torch, gpus), *_tensorrt_backends(torch)],
+        "backends": [
+            _backend("torch on the CPU", "torch", _torch_problem(torch)),
+            _backend("torch on CUDA", "torch with CUDA, an NVIDIA GPU and its driver", _gpu_problem(torch, gpus)),
+            _cuda_backend(torch, gpus),
+            *_tensorrt_backends(torch),
+        ],
     }
     emit(data, as_json, lambda: _render(data))
     if not any(backend["ready"] for backend in data["backends"]):
@@ -113,22 +120,35 @@ def _mebibytes(text: str) -> int | None:
     return int(text) * _MEBI if text.isdigit() else None
 
 
-def _cpu_backend(torch: dict[str, Any]) -> dict[str, Any]:
-    return _backend("torch on the CPU", "torch", _torch_problem(torch))
-
-
-def _cuda_backend(torch: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
-    problem = _torch_problem(torch)
-    if not problem and not gpus:
-        problem = ("no NVIDIA GPU is visible (nvidia-smi lists none)", "")
-    if not problem and torch["cuda_runtime"] is None:
-        problem = ("this torch is built without CUDA", "Install a CUDA build of torch.")
-    if not problem and not torch["cuda_available"]:
-        problem = (
+def _gpu_problem(torch: dict[str, Any], gpus: list[dict[str, Any]]) -> tuple[str, str] | None:
+    if problem := _torch_problem(torch):
+        return problem
+    if not gpus:
+        return "no NVIDIA GPU is visible (nvidia-smi lists none)", ""
+    if torch["cuda_runtime"] is None:
+        return "this torch is built without CUDA", "Install a CUDA build of torch."
+    if not torch["cuda_available"]:
+        return (
             f"torch can't use the GPU: driver {gpus[0]['driver']}, CUDA {torch['cuda_runtime']} in torch",
             "Update the driver, or install a torch for an older CUDA.",
         )
-    return _backend("torch on CUDA", "torch with CUDA, an NVIDIA GPU and its driver", problem)
+    return None
+
+
+def _cuda_backend(torch: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether engines can be built, which takes no GPU; running one does."""
+    problem, builds_for = _torch_problem(torch), ""
+    if problem is None:
+        from trtx.builder.cuda.kernels import SHARED_BYTES
+
+        missing = [name for name in ("triton", "cuda-bindings") if _version(name) is None]
+        if missing:
+            problem = f"{' and '.join(missing)} can't be found", f"pip install {' '.join(missing)}"
+        known = {sm.replace(".", "") for sm in SHARED_BYTES}
+        runs = _gpu_problem(torch, gpus) is None and any(gpu["sm"] in known for gpu in gpus)
+        builds_for = f"builds for compute capability {', '.join(SHARED_BYTES)}" + (" and runs here" if runs else "")
+    row = _backend("cuda", "Triton, cuda-bindings and, to run, such a GPU", problem)
+    return {**row, "builds_for": builds_for}
 
 
 def _tensorrt_backends(torch: dict[str, Any]) -> Iterator[dict[str, Any]]:

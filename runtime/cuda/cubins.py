@@ -96,7 +96,7 @@ class CubinLaunch(Launch):
         self.dependent = dependent
         properties: Any = torch.cuda.get_device_properties(device)
         self.shared_bytes = properties.shared_memory_per_block_optin
-        self._device = device
+        self._index = device.index or 0  # torch looks a number up sooner than a device
         self._driver = driver()
         try:
             entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ class CubinLaunch(Launch):
             if variant not in self._kernels:
                 raise RuntimeError(f"the engine was built without the kernel {variant}")
             found = self._known[key] = self._kernels[variant]
-        found(grid, args, torch.cuda.current_stream(self._device).cuda_stream)
+        found(grid, args, torch.cuda.current_stream(self._index).cuda_stream)
 
 
 class Kernel:

@@ -393,7 +393,7 @@ class Products:
     """
 
     def __init__(self, device: torch.device, table: Path | None = None) -> None:
-        self._device = device
+        self._index = device.index or 0
         self._lt = lt = library()
         self.gpu, self.version, self.note = torch.cuda.get_device_name(device), lt.version, ""
         self.table = self._fitting(Table.read(table)) if table and table.exists() else Table(self.version, self.gpu)
@@ -483,7 +483,7 @@ class Products:
             plan.point(_SCALE_POINTERS[0], w_scale)
             plan.point(_SCALE_POINTERS[1], x_scale)
         desc, a, b, c = plan.descriptors
-        y, stream = out.data_ptr(), torch.cuda.current_stream(self._device).cuda_stream
+        y, stream = out.data_ptr(), torch.cuda.current_stream(self._index).cuda_stream
         self._lt(
             "Matmul", self._handle, desc, self._one, w_address, a, x_address, b, plan.beta, y, c, y, c, plan.algorithm,
             self._workspace.data_ptr(), plan.workspace, stream,

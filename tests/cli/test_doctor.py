@@ -80,3 +80,28 @@ def test_driver_that_answers_nothing_useful(driver, body):
     code, data = ask("--json")
     assert code == ExitCode.OK
     assert data["gpus"] == []
+
+
+def cuda_backend():
+    (found,) = [backend for backend in ask("--json")[1]["backends"] if backend["name"] == "cuda"]
+    return found
+
+
+def test_cuda_backend_builds_without_a_gpu(driver):
+    driver("exit 9")
+    found = cuda_backend()
+    assert found["ready"] and "9.0" in found["builds_for"] and "runs here" not in found["builds_for"]
+
+
+def test_cuda_backend_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "triton" else "1")
+    found = cuda_backend()
+    assert not found["ready"] and "triton" in found["problem"] and found["remedy"] == "pip install triton"
+
+
+@pytest.mark.parametrize(("sm", "runs"), [("9.0", True), ("7.5", False)])
+def test_cuda_backend_runs_where_kernels_can_be_compiled_for_the_gpu(driver, monkeypatch, sm, runs):
+    driver(f"echo 'NVIDIA GPU, {sm}, 81559, 580.95.05'")
+    usable = {"error": None, "version": "2", "cuda_runtime": "13.0", "cuda_available": True, "architectures": []}
+    monkeypatch.setattr(doctor, "_torch", lambda: usable)
+    assert cuda_backend()["builds_for"].endswith("runs here") == runs

@@ -8,8 +8,9 @@
 # penalized. Then whole steps of a Llama, and the kernels in CUDA C++. torch allocates each tensor apart, so that what
 # lies behind one is not another's.
 #
-# PYTHON: the interpreter with torch for CUDA (default: python3). Its Triton compiles what its cache lacks: that takes
-# longer than the tests, and is over sooner where `pytest -m '' tests/kernels` ran before.
+# PYTHON: the interpreter with torch for CUDA (default: python3). TRTX_COMMIT: the commit, where there is no git. Triton
+# compiles what its cache lacks: that takes longer than the tests, and is over sooner where `pytest -m '' tests/kernels`
+# ran before.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD/.src${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false PYTORCH_NO_CUDA_MEMORY_CACHING=1
@@ -39,6 +40,7 @@ for index in "${!groups[@]}"; do
     running[index]=$!
 done
 failed=0
+echo "commit ${TRTX_COMMIT:-$(git rev-parse HEAD)}, $(nvidia-smi --query-gpu=name --format=csv,noheader), $(date -u +%FT%TZ)"
 for index in "${!groups[@]}"; do
     wait "${running[index]}" || failed=1
     printf '\n%s\n' "${groups[index]}"
