@@ -5,7 +5,8 @@ T tokens of a step, e bytes of the compute dtype, H the hidden size. A step of t
 - the residual stream: x and delta of the layer before, and of this one, and the norm of x;
 - queries, keys and values as projected, the rotated queries, attention's output, and partial outputs in fp32 where the
   keys of a sequence are shared out over several programs;
-- the MLP's gate and up and their product, or the logits, and what the sampler makes of them.
+- the MLP's gate and up and their product, or the logits, and what the sampler makes of them;
+- of formats that cuBLAS does not multiply, a weight in the compute dtype; codes in fp32 where torch rounds the input.
 
 Steps that are captured in graphs keep the memory of the largest for themselves: it comes on top.
 """
@@ -39,8 +40,15 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 
-GRAPHS = 96 * _MIB
-"""Captured graphs and loaded kernels, beside the activations."""
+KERNELS = 32 * _MIB
+"""Loaded kernels, and what graphs take that does not grow."""
+
+GRAPH_LAYER = 150_000
+"""Bytes that a layer takes in a captured graph: engines of 8 and of 32 layers with 35 graphs differed by 4.9 MB a layer
+on an H100."""
+
+_AS_CODES = ("none", "fp8", "fp8_pc_pt", "w4a8_awq")
+"""Formats whose large products are cuBLAS's, of weights and codes as they are."""
 
 
 class CudaBackend(Backend):
@@ -144,8 +152,11 @@ class CudaBackend(Backend):
 
     def workspace_bytes(self, sizing: Sizing) -> int:
         from trtx.runtime.cuda.cublaslt import WORKSPACE
+        from trtx.runtime.cuda.steps import CHUNKS, batch_sizes
 
-        return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + WORKSPACE + GRAPHS
+        captured = len(batch_sizes(sizing.max_batch_size)) + 2 * sum(n <= sizing.max_num_tokens for n in CHUNKS)
+        graphs = GRAPH_LAYER * sizing.model.spec.num_layers * captured
+        return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + WORKSPACE + KERNELS + graphs
 
     def math_dtype(self, sizing: Sizing) -> str:
         from trtx.builder.build import MATH_UNITS
@@ -163,7 +174,12 @@ class CudaBackend(Backend):
         mlp = tokens * (3 * inner + spec.hidden_size) * size
         rows = min(tokens, sizing.max_batch_size)
         logits = rows * spec.vocab_size * (size + SAMPLER_BYTES)
-        return residual + max(attention, mlp, logits)
+        form = sizing.model.quantization.format
+        rounded = tokens * max(inner, spec.hidden_size) * 10 if form in ("int8_sq", "nvfp4", "mxfp8") else 0
+        dequantized = 0
+        if form not in (*_AS_CODES, "mxfp8"):
+            dequantized = spec.hidden_size * max(2 * spec.intermediate_size, queries + 2 * keys) * size
+        return residual + max(attention, mlp, logits) + rounded + dequantized
 
 
 def obstacle(sm: str, form: str, kv_dtype: str) -> str:

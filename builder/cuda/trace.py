@@ -29,6 +29,7 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
     with torch.inference_mode():
         for kind, shape in steps.shapes:
             steps.compute(kind, shape)
+        for kind in ("decodes", "mixed"):
             steps.publish(kind, 1)
         for count in _counts(sizing.max_num_tokens):
             most = min(count, sizing.max_batch_size)

@@ -41,7 +41,7 @@ def embed(launch: Launch, ids: Tensor, table: Tensor, scale: float | None = None
 def add_norm(launch: Launch, x: Tensor, delta: Tensor, weight: ResidentNorm) -> tuple[Tensor, Tensor]:
     """The residual stream x + delta, [T, H], and its norm."""
     total, out = torch.empty_like(x), torch.empty_like(x)
-    _norm(launch, x[:, None], out, weight.weight, weight.bias, weight.norm.eps, weight.norm.kind, delta, total)
+    _norm(launch, x[:, None], out, weight, delta, total)
     return total, out
 
 
@@ -53,7 +53,7 @@ def norm(launch: Launch, x: Tensor, weight: ResidentNorm, codes: tuple[Tensor, T
     """
     out = x.new_empty(x.shape, dtype=E4M3 if codes else x.dtype)
     rows = x if x.dim() == 3 else x[:, None]
-    _norm(launch, rows, out, weight.weight, weight.bias, weight.norm.eps, weight.norm.kind, codes=codes)
+    _norm(launch, rows, out, weight, codes=codes)
     return out
 
 
@@ -78,10 +78,7 @@ def _norm(
     launch: Launch,
     x: Tensor,
     out: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
+    weight: ResidentNorm,
     delta: Tensor | None = None,
     total: Tensor | None = None,
     codes: tuple[Tensor, Tensor | None] | None = None,
@@ -98,11 +95,11 @@ def _norm(
         "HEAD_STRIDE": x.stride(1) if heads > 1 else 0,
         "BLOCK": block,
         "ROWS": rows,
-        "EPS": eps,
-        "CENTERED": kind == "layer",
-        "OWN_WEIGHTS": weight is not None and weight.dim() == 2,
+        "EPS": weight.norm.eps,
+        "CENTERED": weight.norm.kind == "layer",
+        "OWN_WEIGHTS": weight.weight.dim() == 2,
     }
-    arguments = (x, delta, weight, bias, *(codes or (None, None)), total, out, tokens * heads)
+    arguments = (x, delta, weight.weight, weight.bias, *(codes or (None, None)), total, out, tokens * heads)
     grid = (-(-tokens * heads // rows),)
     launch("elementwise.norm", grid, arguments, constants, warps=_warps(rows * block), pdl=True)
 

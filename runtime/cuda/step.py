@@ -259,27 +259,27 @@ class StepMaker:
         sequence[:size] = np.arange(size)
         sequence[size:] = -1
         if self._standing is None or not np.array_equal(numbers, self._standing):
-            self._standing = numbers
             self._inputs.fill(dict(zip(DECODE_FIELDS, numbers, strict=True)))
+            self._standing = numbers
 
     def publish(self, launch: Launch, chosen: Tensor, host: Tensor, count: int, decodes: bool) -> None:
         """Put what `count` rows have chosen, [2, batch], into the host's memory.
 
+        Not launched dependently: kernels of the next step read lengths before they wait for the one before them.
+
         Args:
             decodes: the step was one of single tokens, and becomes the next one of the same sequences.
         """
-        fields: list[Tensor | None] = [None] * 4
-        if decodes:
-            fields = [self._inputs.field(name, count) for name in DECODE_FIELDS[:4]]
-            if self._standing is not None:
-                ids, sources, positions, lengths = self._standing[:4, :count]
-                ids[:] = PENDING
-                sources[:] = np.arange(count)
-                positions += 1
-                lengths += 1
+        fields = [self._inputs.field(name, count) if decodes else None for name in DECODE_FIELDS[:4]]
         block = 128
         constants: dict[str, Constant] = {"STRIDE": chosen.stride(0), "PENDING": PENDING, "BLOCK": block}
         launch("step.publish", (-(-count // block),), (chosen, host, *fields, count), constants)
+        if decodes and self._standing is not None:
+            ids, sources, positions, lengths = self._standing[:4, :count]
+            ids[:] = PENDING
+            sources[:] = np.arange(count)
+            positions += 1
+            lengths += 1
 
     def fill_nothing(self, shape: Shape) -> None:
         """Send the numbers of a step of this shape without any sequence, for a trial."""

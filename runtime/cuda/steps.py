@@ -1,4 +1,4 @@
-"""The steps of an engine: decodes and short prefills as CUDA graphs, others launched kernel by kernel.
+"""The steps of an engine: decodes, and prefills of a few prompts, as CUDA graphs, others launched kernel by kernel.
 
 A graph is captured for each of a few shapes; a step is padded to the next one. Tokens stay on the GPU: the next step
 finds there what this one chose, and the host reads a step's tokens while the next one is computed.
@@ -202,4 +202,6 @@ def _fits(exact: Shape, shape: Shape) -> bool:
     """Whether a step can be padded to a shape."""
     if (exact.rows is None) != (shape.rows is None) or exact.tokens > shape.tokens:
         return False
-    return exact.rows is None or (not exact.decodes and exact.sequences <= shape.sequences)
+    if exact.rows is None or shape.rows is None:
+        return True
+    return not exact.decodes and exact.sequences <= shape.sequences and exact.rows <= shape.rows

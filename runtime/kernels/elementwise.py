@@ -107,7 +107,7 @@ def norm(
     Args:
         x: [T, HEADS, WIDTH] with strides (TOKEN_STRIDE, HEAD_STRIDE, 1).
         delta: [rows, WIDTH] to add first, or absent.
-        weight, bias: [WIDTH], or [HEADS, WIDTH] with OWN_WEIGHTS; either may be absent.
+        weight, bias: [WIDTH], or [HEADS, WIDTH] with OWN_WEIGHTS; the bias may be absent.
         scales: of a linear that multiplies e4m3 codes, 1 / input scale first: `out` are those codes. Or absent.
         smooth: [WIDTH], multiplied with before; or absent.
         total: where x + delta goes, rounded, which is also what is normalized.
@@ -120,8 +120,7 @@ def norm(
     inside = (row < rows) & (column < WIDTH)
     head = row % HEADS
     entry = head * WIDTH + column if OWN_WEIGHTS else column
-    if weight is not None:
-        factor = tl.load(weight + entry, mask=column < WIDTH, other=0.0).to(tl.float32)
+    factor = tl.load(weight + entry, mask=column < WIDTH, other=0.0).to(tl.float32)
     if bias is not None:
         shift = tl.load(bias + entry, mask=column < WIDTH, other=0.0).to(tl.float32)
     if PDL:
@@ -138,8 +137,7 @@ def norm(
         mean = tl.sum(value, 1, keep_dims=True) / WIDTH
         value = tl.where(inside, value - mean, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + EPS)
-    if weight is not None:
-        value *= factor
+    value *= factor
     if bias is not None:
         value += shift
     if scales is not None:

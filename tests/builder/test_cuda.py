@@ -28,12 +28,15 @@ from trtx.converters.errors import MissingPackageError, UnsupportedError
 from trtx.converters.shards import tensor_bytes
 from trtx.converters.spec import Kind
 from trtx.quantize.formats import FORMATS, Quantization
+from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.cubins import INDEX, Cubin
 from trtx.runtime.cuda.launch import RecordLaunch, Variant
 from trtx.runtime.cuda.linear import kernel_layout
 from trtx.runtime.cuda.load import loaded_store
 from trtx.runtime.cuda.ops import CudaOps
 from trtx.runtime.cuda.step import Shape
+from trtx.runtime.sampler import Row
+from trtx.runtime.sampling import SamplingParams
 from trtx.runtime.weights import WeightStore, fused_groups, load
 
 ELF_MACHINE_CUDA = 190
@@ -227,7 +230,7 @@ def test_ledger_adds_up(form):
         assert ledger.weights == 2 * 8_030_261_248, "in bf16, as Meta counts the parameters"
 
 
-@pytest.mark.parametrize("tokens, batch", [(24, 8), (24, 20), (64, 8)])
+@pytest.mark.parametrize("tokens, batch", [(8, 4), (24, 8), (24, 20), (64, 8)])
 def test_kernels_of_any_step_are_there(tokens, batch):
     """However few of a step's tokens want logits, or are decodes; codes of 8 bits begin at 17 tokens."""
     spec = spec_of(TINY, num_attention_heads=8, num_key_value_heads=8)
@@ -240,7 +243,11 @@ def test_kernels_of_any_step_are_there(tokens, batch):
     launch, steps = recorded(asked, layout)
     with torch.inference_mode():
         for count, rows, decodes in [(17, 1, 0), (tokens, 1, 0), (tokens, 2, 2), (tokens, 3, 1), (tokens, 4, 3)]:
-            steps.compute("mixed", Shape(count, max(rows, decodes), rows, 2, decodes))
+            if count <= tokens:
+                steps.compute("mixed", Shape(count, max(rows, decodes), rows, 2, decodes))
+        for count in (1, 5):
+            row = Row(SamplingParams(temperature=0), [1] * count, count, 0, 0)
+            steps.launch([SequenceSlice([1] * count, 0, ([1],), 1)], [row])
     assert launch.variants.keys() <= known
 
 

@@ -108,6 +108,20 @@ def test_smollm2_gives_the_cpu_s_tokens(smollm2, smollm2_reference, tmp_path, re
     )
 
 
+def test_long_prefills_from_graphs_give_the_same_tokens(smollm2, smollm2_reference, tmp_path):
+    """fp32: prompts of 700 to 1900 tokens alone, padded to a captured step, and eight side by side."""
+    limits = {"max_batch_size": 8, "max_num_tokens": 2048, "max_seq_len": 2048}
+    engine = engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="fp32", **limits)
+    llm = LLM(engine, prefix_reuse=False)
+    text = Tokenizer.load(smollm2).encode(" ".join(PROMPTS))
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    repeated = text * (2048 // len(text) + 1)
+    together = [repeated[start : start + 200] for start in range(8)]
+    for prompts in [[repeated[:length]] for length in (700, 1100, 1300, 1900)] + [together]:
+        for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
+            assert_greedy(smollm2_reference, prompt, completion.token_ids)
+
+
 def test_mixed_requests_with_cancellations_leave_nothing_behind(smollm2, tmp_path):
     """200 requests, greedy and drawn, with penalties, n > 1 and stops, some cancelled: all end, all blocks are free."""
     llm = LLM(engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="bf16"))

@@ -58,7 +58,7 @@ def assert_near(found: Tensor, wanted: Tensor, x: Tensor, weight: LinearWeight) 
     assert (error <= bound).all(), (error / bound).max()
 
 
-@pytest.mark.parametrize(("n", "k"), [(64, 512), (48, 1152), (2176, 2048), (96, 3584)])
+@pytest.mark.parametrize(("n", "k"), [(64, 512), (48, 1152), (2176, 2048), (96, 3584), (6144, 1152), (17056, 512)])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("form", ["none", "fp8", "fp8_pc_pt", "w4a8_awq"])
 def test_products(
@@ -88,11 +88,13 @@ def test_products(
     ids=lambda a: f"{a.kind}-{a.limit}",
 )
 def test_gated(launch: Launch, device: torch.device, activation: Activation, form: str) -> None:
-    weight = weight_of(device, form, 2 * 96, 1536, FP16)
-    for m in (3, 16):
-        x = torch.randn(m, 1536).to(device, FP16) / 16
-        found = linear.gated(launch, x, resident(weight, FP16), activation)
-        assert_close(found, gate(exact(x, weight), activation), FP16)
+    """Few rows and many: programs of both kinds."""
+    for n, k in ((96, 1536), (8544, 256)) if activation.kind == "silu" else ((96, 1536),):
+        weight = weight_of(device, form, 2 * n, k, FP16)
+        for m in (3, 16):
+            x = torch.randn(m, k).to(device, FP16) / 16
+            found = linear.gated(launch, x, resident(weight, FP16), activation)
+            assert_close(found, gate(exact(x, weight), activation), FP16)
 
 
 @pytest.mark.parametrize("m", [2, 9])
@@ -121,10 +123,11 @@ def test_not_a_number(launch: Launch, device: torch.device, form: str, number: f
         assert torch.equal(found[others], wanted[others])
 
 
+@pytest.mark.parametrize("size", [2048, 6144])
 @pytest.mark.parametrize("form", ["none", "fp8"])
-def test_launched_dependently(launch: Launch, device: torch.device, form: str) -> None:
+def test_launched_dependently(launch: Launch, device: torch.device, form: str, size: int) -> None:
     """Each product reads what the one before writes: the same whether it starts early or when all is done."""
-    weights = [weight_of(device, form, 2048, 2048, BF16, "bias") for _ in range(2)]
+    weights = [weight_of(device, form, size, size, BF16, "bias") for _ in range(2)]
     residents = [resident(weight, BF16) for weight in weights]
 
     def chain(wait: bool) -> Tensor:
@@ -139,8 +142,21 @@ def test_launched_dependently(launch: Launch, device: torch.device, form: str) -
             x = x / x.float().abs().amax().to(BF16)
         return x
 
-    first = torch.randn(7, 2048).to(device, BF16)
+    first = torch.randn(7, size).to(device, BF16)
     wanted = chain(True)
     assert wanted.isfinite().all() and wanted.any()
     for _ in range(5):
         assert torch.equal(chain(False), wanted)
+
+
+def test_shapes_of_programs_are_all_here() -> None:
+    """What Llama's linears are launched as is what these tests launch."""
+
+    def shapes(sizes: list[tuple[int, int, int]]) -> set[tuple[int, int, int]]:
+        found = [
+            linear.few_shape(m, n, k, itemsize, parts) for n, k, parts in sizes for m in (2, 16) for itemsize in (1, 2)
+        ]
+        return {(shape.tokens, shape.pairs, shape.blocks) for shape in found if shape}
+
+    llama = [(6144, 4096, 1), (4096, 4096, 1), (14336, 4096, 2), (4096, 14336, 1), (128256, 4096, 1)]
+    assert shapes(llama) <= shapes([(6144, 1152, 1), (17056, 512, 1), (2176, 2048, 1), (8544, 256, 2)])

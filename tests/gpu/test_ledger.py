@@ -163,7 +163,9 @@ def serve_worst_steps(path):
 
 
 @pytest.mark.parametrize(
-    "form, layers, least", [("none", 32, 0.97), ("fp8", 32, 0.97), ("none", 8, None)], ids=["bf16", "fp8", "8-layers"]
+    "form, layers, least",
+    [("none", 32, 0.97), ("fp8", 32, 0.97), ("int4_awq", 32, 0.97), ("none", 8, None)],
+    ids=["bf16", "fp8", "int4", "8-layers"],
 )
 def test_a_process_takes_what_the_ledger_says(form, layers, least, tmp_path, monkeypatch, record_property):
     """On an H100 the KV cache of Llama-3.1-8B gets all that the budget leaves: the process takes that, and no more.

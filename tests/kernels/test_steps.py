@@ -6,12 +6,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.builder.models import TINY, spec_of
 from tests.converters import tiny
 from tests.converters.tiny import VARIANTS, checkpoint_of
 from tests.kernels.checks import poisoned as poisoned
@@ -22,7 +24,7 @@ from trtx.runtime.batch import PENDING, SequenceSlice
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import Launch
 from trtx.runtime.cuda.ops import CudaOps
-from trtx.runtime.cuda.step import BlockTables, Shape
+from trtx.runtime.cuda.step import DECODE_FIELDS, BlockTables, Shape, resolve
 from trtx.runtime.cuda.steps import CHUNKS, Steps, Ticket, _fits, batch_sizes
 from trtx.runtime.executor import Executor
 from trtx.runtime.kv_layout import KVLayout
@@ -142,8 +144,139 @@ def test_what_fits():
     assert not _fits(Shape(33, 4, 4, 8, 0), chunk), "too many tokens"
     assert not _fits(Shape(20, 5, 5, 8, 0), chunk), "too many sequences"
     assert not _fits(Shape(20, 3, 3, 5, 1), chunk), "decodes are launched otherwise"
+    assert not _fits(Shape(20, 1, 20, 5, 0), chunk), "too many rows"
     assert not _fits(Shape.of_decodes(3), chunk) and not _fits(chunk, Shape.of_decodes(64))
     assert _fits(Shape.of_decodes(3), Shape.of_decodes(4))
+
+
+# Numbers that stand on the device.
+
+VOCABULARY = 97
+
+
+def hashed(tokens: Sequence[int]) -> int:
+    """What follows tokens: a number that each of them decides, with its place."""
+    state = 0
+    for place, token in enumerate(tokens):
+        state = (state * 31 + token * 7 + place) % VOCABULARY
+    return state
+
+
+class HashingRunner(Runner):
+    """Steps of a model that gives `hashed` of what its KV cache holds: tokens, found through the block tables.
+
+    Attributes:
+        sent: how many steps of single tokens were sent to the device, of so many `decodes`.
+    """
+
+    overlaps = True
+
+    def __init__(self, limits: Limits, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec = spec_of({**TINY, "vocab_size": VOCABULARY})
+        self.notes, self.layout = [], KVLayout.of(spec, limits.kv_block_size, 4)
+        self.sent = self.decodes = 0
+        self.launcher, self._cached = launch, {}
+        ops = SimpleNamespace(device=CPU, dtype=torch.float32, launch=launch)
+        decoder, cache = SimpleNamespace(spec=spec), SimpleNamespace(layout=self.layout)
+        sizes = limits.max_batch_size, limits.max_num_tokens, limits.max_seq_len
+        self.steps = Steps(decoder, ops, cache, *sizes)
+        maker, inputs = self.steps._makers["decodes"], self.steps._inputs["decodes"]
+        send, fill_decodes = inputs.fill, maker.fill_decodes
+
+        def counted(values: Any) -> None:
+            self.sent += 1
+            send(values)
+
+        def checked(batch: Sequence[SequenceSlice], count: int) -> None:
+            self.decodes += 1
+            fill_decodes(batch, count)
+            standing = np.stack([inputs.field(name, count).numpy() for name in DECODE_FIELDS])
+            assert np.array_equal(standing, maker._standing)
+
+        monkeypatch.setattr(inputs, "fill", counted)
+        monkeypatch.setattr(maker, "fill_decodes", checked)
+        monkeypatch.setattr(self.steps, "compute", self.compute)
+        monkeypatch.setattr(self.steps, "choose", self.choose)
+
+    def compute(self, kind: str, shape: Shape) -> torch.Tensor:
+        steps, size = self.steps, self.layout.block_size
+        step = steps._makers[kind].step(shape, steps._ids)
+        resolve(self.launcher, steps._inputs[kind], shape.tokens, steps._chosen[0], steps._ids)
+        table, lengths = step.attention.tables[0], step.attention.lengths
+        positions, owners = step.positions.tolist(), step.attention.sequence.tolist()
+        for token, position, owner in zip(step.token_ids.tolist(), positions, owners, strict=True):
+            if owner >= 0:
+                self._cached[int(table[owner, position // size]), position % size] = token
+        wanted = range(shape.tokens) if step.rows is None else step.rows.tolist()
+        logits = torch.zeros(len(wanted), VOCABULARY)
+        for row, place in enumerate(wanted):
+            owner, end = owners[place], positions[place] + 1
+            if owner >= 0:
+                assert int(lengths[owner]) >= end
+                logits[row, hashed([self._cached[int(table[owner, p // size]), p % size] for p in range(end)])] = 1
+        steps._chosen[0, : len(wanted)] = logits.argmax(1)
+        steps._chosen[1] = 1
+        return logits
+
+    def choose(self, logits: torch.Tensor, rows: Sequence[Row]) -> None:
+        """The token after the likeliest, where a row is drawn."""
+        for place, row in enumerate(rows):
+            if not row.params.greedy:
+                self.steps._chosen[0, place] = (int(logits[place].argmax()) + 1) % VOCABULARY
+
+    def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> Ticket:
+        return self.steps.launch(batch, rows, steps)
+
+    def collect(self, ticket: Ticket) -> list[list[Sampled]]:
+        return self.steps.collect(ticket)
+
+
+def continued(prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(params.max_tokens or 0):
+        tokens.append((hashed(tokens) + (not params.greedy)) % VOCABULARY)
+        if tokens[-1] in params.stop_token_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_histories_of_steps(seed, launch, device, monkeypatch):
+    """Requests come, stop inside bursts, are cancelled and preempted; drawn rows beside greedy ones."""
+    if device.type != "cpu":
+        pytest.skip("the model is of the CPU")
+    rng = random.Random(seed)
+    batch = rng.choice([1, 2, 3, 5, 6])
+    limits = Limits(
+        max_batch_size=batch, max_num_tokens=max(batch, rng.choice([6, 16, 24])), max_seq_len=48, kv_block_size=8,
+        kv_blocks=1 + rng.choice([6, 8, 20]), kv_dtype="fp32",
+    )  # fmt: skip
+    runner = HashingRunner(limits, launch, monkeypatch)
+    executor = Executor(runner, limits, VOCABULARY, prefix_reuse=rng.random() < 0.5)
+    executor.burst = (1, 4, 8)[seed % 3]
+    wanted: dict[str, list[int]] = {}
+    output: dict[str, list[int]] = {}
+    cancelled = set()
+    while len(wanted) < 10 or executor.has_work:
+        if len(wanted) < 10 and rng.random() < 0.25:
+            stops = tuple(rng.randrange(VOCABULARY) for _ in range(rng.choice([0, 6])))
+            params = SamplingParams(
+                temperature=rng.choice([0, 0, 1]), max_tokens=rng.randint(1, 20), stop_token_ids=stops
+            )
+            prompt, name = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 20))), str(len(wanted))
+            executor.add(Request(name, prompt, params))
+            wanted[name], output[name] = continued(prompt, params), []
+        if wanted and rng.random() < 0.04:
+            name = rng.choice(sorted(wanted))
+            cancelled.add(name)
+            executor.cancel(name)
+        for event in executor.step() if executor.has_work else []:
+            if event.token is not None:
+                output[event.request].append(event.token)
+    for name, tokens in wanted.items():
+        assert output[name] == tokens[: len(output[name])]
+        assert len(output[name]) == len(tokens) or name in cancelled
+    assert 0 < runner.sent < runner.decodes
 
 
 # What is sent.
