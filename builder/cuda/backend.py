@@ -40,15 +40,12 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 
-KERNELS = 32 * _MIB
+LOADED = 32 * _MIB
 """Loaded kernels, and what graphs take that does not grow."""
 
 GRAPH_LAYER = 150_000
 """Bytes that a layer takes in a captured graph: engines of 8 and of 32 layers with 35 graphs differed by 4.9 MB a layer
 on an H100."""
-
-_AS_CODES = ("none", "fp8", "fp8_pc_pt", "w4a8_awq")
-"""Formats whose large products are cuBLAS's, of weights and codes as they are."""
 
 
 class CudaBackend(Backend):
@@ -156,7 +153,7 @@ class CudaBackend(Backend):
 
         captured = len(batch_sizes(sizing.max_batch_size)) + 2 * sum(n <= sizing.max_num_tokens for n in CHUNKS)
         graphs = GRAPH_LAYER * sizing.model.spec.num_layers * captured
-        return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + WORKSPACE + KERNELS + graphs
+        return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + WORKSPACE + LOADED + graphs
 
     def math_dtype(self, sizing: Sizing) -> str:
         from trtx.builder.build import MATH_UNITS
@@ -166,6 +163,8 @@ class CudaBackend(Backend):
         return unit if gpu is not None and unit in gpu.tflops else sizing.compute_dtype
 
     def _step_bytes(self, sizing: Sizing, shard: Shard, tokens: int) -> int:
+        from trtx.runtime.cuda.linear import is_dequantized, is_rounded_by_torch
+
         spec, size = shard.spec, ITEMSIZE[sizing.compute_dtype]
         queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         residual = 5 * tokens * spec.hidden_size * size
@@ -175,10 +174,9 @@ class CudaBackend(Backend):
         rows = min(tokens, sizing.max_batch_size)
         logits = rows * spec.vocab_size * (size + SAMPLER_BYTES)
         form = sizing.model.quantization.format
-        rounded = tokens * max(inner, spec.hidden_size) * 10 if form in ("int8_sq", "nvfp4", "mxfp8") else 0
-        dequantized = 0
-        if form not in (*_AS_CODES, "mxfp8"):
-            dequantized = spec.hidden_size * max(2 * spec.intermediate_size, queries + 2 * keys) * size
+        widest = spec.hidden_size * max(2 * spec.intermediate_size, queries + 2 * keys)
+        rounded = tokens * max(inner, spec.hidden_size) * 10 if is_rounded_by_torch(form) else 0
+        dequantized = widest * size if is_dequantized(form) else 0
         return residual + max(attention, mlp, logits) + rounded + dequantized
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trtx.converters.spec import Alibi
 from trtx.quantize.formats import E4M3
-from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
+from trtx.runtime.cuda.launch import H100_SHARED, CodeScales, Constant, Launch, power_of_two
 from trtx.runtime.ops.torch_attention import alibi_bias
 
 _PROGRAMS = 4 * 132
@@ -227,7 +227,7 @@ def attention(
     alibi: Slopes | None,
     k_scale: float,
     v_scale: float,
-    codes: tuple[Tensor, Tensor | None] | None = None,
+    codes: CodeScales | None = None,
 ) -> Tensor:
     """Cache keys and values of a step, and let q attend to what is cached of its sequences, up to itself → [T, H * D].
 
@@ -240,7 +240,7 @@ def attention(
         window: positions that a token sees; chunked: from the last multiple of it on.
         sinks: fp32 [H].
         k_scale, v_scale: of an e4m3 cache.
-        codes: the scales and what is multiplied before, of a linear that multiplies e4m3 codes: those are returned.
+        codes: of a linear that multiplies e4m3 codes: those are returned.
     """
     layer = CachedAttention(
         launch, keys, values, table, q.shape[-1], rotation, window, chunked, softcap, sinks, alibi, k_scale, v_scale
@@ -311,7 +311,7 @@ class CachedAttention:
         new: tuple[Tensor, Tensor] | None,
         step: AttentionStep,
         scale: float,
-        codes: tuple[Tensor, Tensor | None] | None = None,
+        codes: CodeScales | None = None,
     ) -> Tensor:
         """Decodes by one kernel, then the other tokens by another, [T, H * dim].
 
@@ -336,7 +336,7 @@ class CachedAttention:
         out: Tensor,
         tiling: Tiling | None = None,
         splits: int | None = None,
-        codes: tuple[Tensor, Tensor | None] | None = None,
+        codes: CodeScales | None = None,
     ) -> None:
         """The first `step.decodes` tokens."""
         alone = step.decodes * self.keys.shape[1] if new else _PROGRAMS
@@ -373,7 +373,7 @@ class CachedAttention:
         scale: float,
         out: Tensor,
         tiling: Tiling | None = None,
-        codes: tuple[Tensor, Tensor | None] | None = None,
+        codes: CodeScales | None = None,
     ) -> None:
         """The tokens of `step.tiles`."""
         if tiling is None:

@@ -13,44 +13,22 @@ from typing import Any
 
 from torch import Tensor
 
-from trtx.runtime.cuda import elementwise, linear
-from trtx.runtime.cuda.launch import Launch
+from trtx.runtime.cuda import linear
+from trtx.runtime.cuda.launch import CodeScales, Launch
 from trtx.runtime.cuda.linear import Codes, CudaLinear
-from trtx.runtime.ops.torch_ops import ResidentNorm
 
 
 @dataclass(frozen=True)
-class Normed:
-    """The norm of x [T, H], which is not to change before it has been computed."""
-
-    launch: Launch
-    x: Tensor
-    norm: ResidentNorm
-
-    @cached_property
-    def value(self) -> Tensor:
-        return elementwise.norm(self.launch, self.x, self.norm)
-
-    def as_input(self, reader: CudaLinear) -> Tensor | Codes:
-        """What a linear multiplies."""
-        if not linear.takes_codes(self.x, reader):
-            return self.value
-        assert reader.scales is not None
-        codes = elementwise.norm(self.launch, self.x, self.norm, (reader.scales, reader.smooth))
-        return Codes(codes, self.x.dtype)
-
-
-@dataclass(frozen=True)
-class Attended:
-    """What queries attended to, [T, N]; computing it caches keys and values, and has to happen while they stand.
+class Deferred:
+    """A norm's result or attention's, [T, N]. Nothing that it is computed from may change before it has been.
 
     Attributes:
-        q: the queries, [T, heads, dim].
-        compute: `attention.attention` but for its `codes`.
+        like: a tensor of T rows, of its dtype, on its device.
+        compute: gives it, or codes for a linear of these scales.
     """
 
-    q: Tensor
-    compute: Callable[[tuple[Tensor, Tensor | None] | None], Tensor]
+    like: Tensor
+    compute: Callable[[CodeScales | None], Tensor]
 
     @cached_property
     def value(self) -> Tensor:
@@ -58,10 +36,10 @@ class Attended:
 
     def as_input(self, reader: CudaLinear) -> Tensor | Codes:
         """What a linear multiplies."""
-        if not linear.takes_codes(self.q, reader):
+        if not linear.takes_codes(self.like, reader):
             return self.value
         assert reader.scales is not None
-        return Codes(self.compute((reader.scales, reader.smooth)), self.q.dtype)
+        return Codes(self.compute((reader.scales, reader.smooth)), self.like.dtype)
 
 
 @dataclass(frozen=True)
@@ -89,9 +67,9 @@ class Product:
 
 def value(x: Any) -> Any:
     """x, computed now if it was left for later."""
-    return x.value if isinstance(x, (Normed, Attended, Product)) else x
+    return x.value if isinstance(x, (Deferred, Product)) else x
 
 
-def as_input(x: Tensor | Codes | Normed | Attended, reader: CudaLinear) -> Tensor | Codes:
+def as_input(x: Tensor | Codes | Deferred, reader: CudaLinear) -> Tensor | Codes:
     """x as a linear multiplies it."""
-    return x.as_input(reader) if isinstance(x, (Normed, Attended)) else x
+    return x.as_input(reader) if isinstance(x, Deferred) else x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trtx.quantize.formats import E4M3
-from trtx.runtime.cuda.launch import Launch, power_of_two
+from trtx.runtime.cuda.launch import CodeScales, Launch, power_of_two
 from trtx.runtime.ops.torch_ops import ResidentNorm
 
 _ELEMENTS = 16
@@ -45,11 +45,11 @@ def add_norm(launch: Launch, x: Tensor, delta: Tensor, weight: ResidentNorm) -> 
     return total, out
 
 
-def norm(launch: Launch, x: Tensor, weight: ResidentNorm, codes: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+def norm(launch: Launch, x: Tensor, weight: ResidentNorm, codes: CodeScales | None = None) -> Tensor:
     """Normalize over the last dimension of x, [T, H] or [T, heads, H] (any strides but the last) → contiguous.
 
     Args:
-        codes: the scales and what is multiplied before, of a linear that multiplies e4m3 codes: those are returned.
+        codes: of a linear that multiplies e4m3 codes: those are returned.
     """
     out = x.new_empty(x.shape, dtype=E4M3 if codes else x.dtype)
     rows = x if x.dim() == 3 else x[:, None]
@@ -81,7 +81,7 @@ def _norm(
     weight: ResidentNorm,
     delta: Tensor | None = None,
     total: Tensor | None = None,
-    codes: tuple[Tensor, Tensor | None] | None = None,
+    codes: CodeScales | None = None,
 ) -> None:
     """x [T, heads, H]; `delta`, `total` and `out` have as many rows of H, contiguous."""
     tokens, heads, width = x.shape

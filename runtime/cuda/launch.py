@@ -24,6 +24,8 @@ Argument = Tensor | int | float | None
 Constant = int | float | bool | str | None
 Arguments = tuple[Argument, ...]
 Constants = Mapping[str, Constant]
+CodeScales = tuple[Tensor, Tensor | None]
+"""Of a linear that multiplies e4m3 codes: its `scales`, and what its input is multiplied with before."""
 
 H100_SHARED = 227 << 10
 """Bytes of shared memory that a program may have on an H100, and a B200; 163 KiB on an A100, 99 on sm_89 and sm_120."""

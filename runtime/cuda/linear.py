@@ -78,6 +78,16 @@ _RUN = 32
 """Columns that a run of words holds; a 4-bit weight with a part of a run left is dequantized."""
 
 
+def is_dequantized(form: str) -> bool:
+    """Whether a weight of a format is dequantized for each product of many tokens."""
+    return form != "none" and form in _WAYS and _WAYS[form].input not in ("e4m3", "by token")
+
+
+def is_rounded_by_torch(form: str) -> bool:
+    """Whether torch makes the input of such a product, in fp32 in between."""
+    return form in _ROUNDED_BY_TORCH or (form in _WAYS and _WAYS[form].input == "int8")
+
+
 @dataclass(frozen=True)
 class CudaLinear:
     """A linear's weight, or several fused along their outputs, ready for the kernels.
@@ -425,13 +435,19 @@ Operands = tuple[Tensor | None, ...]
 
 
 def _gemv(launch: Launch, operands: Operands, constants: dict[str, Constant], itemsize: int) -> None:
-    n, k, parts = constants["N"], constants["K"], 2 if constants["GATED"] else 1
-    assert isinstance(n, int) and isinstance(k, int)
+    n, k, parts = _sizes(constants)
     rows, block, warps = gemv_shape(n, k, itemsize, parts)
     launch(
         "linear.gemv", (-(-n // rows),), operands, {**constants, "ROWS": rows, "BLOCK_K": block}, warps, stages=1,
         pdl=True,
     )  # fmt: skip
+
+
+def _sizes(constants: dict[str, Constant]) -> tuple[int, int, int]:
+    """Outputs, inputs, and rows of the weight an output."""
+    n, k = constants["N"], constants["K"]
+    assert isinstance(n, int) and isinstance(k, int)
+    return n, k, 2 if constants["GATED"] else 1
 
 
 def gemv_shape(n: int, k: int, itemsize: int, parts: int) -> tuple[int, int, int]:
@@ -451,8 +467,7 @@ def gemv_shape(n: int, k: int, itemsize: int, parts: int) -> tuple[int, int, int
 
 
 def _skinny(launch: Launch, operands: Operands, constants: dict[str, Constant], w: CudaLinear, m: int) -> None:
-    n, k, parts = constants["N"], constants["K"], 2 if constants["GATED"] else 1
-    assert isinstance(n, int) and isinstance(k, int)
+    n, k, parts = _sizes(constants)
     shape = skinny_shape(m, n, k, w.weight.itemsize, parts, launch.shared_bytes)
     tiles = -(-n // shape.rows)
     launch(
@@ -472,8 +487,8 @@ def _skinny(launch: Launch, operands: Operands, constants: dict[str, Constant], 
 def _few(launch: Launch, operands: Operands, constants: dict[str, Constant], w: CudaLinear, m: int) -> bool:
     """Multiply by the kernel in CUDA C++ for few tokens, if it fits; whether it does."""
     smooth, out = operands[4], operands[-1]
-    n, k, parts = constants["N"], constants["K"], 2 if constants["GATED"] else 1
-    assert isinstance(n, int) and isinstance(k, int) and out is not None
+    n, k, parts = _sizes(constants)
+    assert out is not None
     plain = constants["INPUT"] == "plain"
     fits = w.weight.dtype == (out.dtype if plain else E4M3) and not (plain and smooth is not None)
     shape = few_shape(m, n, k, w.weight.itemsize, parts) if launch.native and fits else None

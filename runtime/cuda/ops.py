@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,8 +20,8 @@ from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda import attention, elementwise, linear
 from trtx.runtime.cuda import experts as grouped
 from trtx.runtime.cuda.attention import HeadNorm, Rotation, Slopes
-from trtx.runtime.cuda.deferred import Attended, Normed, Product, as_input, value
-from trtx.runtime.cuda.launch import Launch
+from trtx.runtime.cuda.deferred import Deferred, Product, as_input, value
+from trtx.runtime.cuda.launch import CodeScales, Launch
 from trtx.runtime.cuda.linear import Codes, CudaLinear
 from trtx.runtime.cuda.step import CudaStep
 from trtx.runtime.ops.base import Heads, Mlp, Value
@@ -119,7 +120,7 @@ class CudaOps(TorchOps):
             x, delta = delta.added(x), None
         if delta is not None:
             return elementwise.add_norm(self.launch, x, delta, weight)
-        return x, Normed(self.launch, x, weight)
+        return x, Deferred(x, partial(elementwise.norm, self.launch, x, weight))
 
     def add(self, a: Value, b: Value | float) -> Tensor:
         return b.added(value(a)) if isinstance(b, Product) else super().add(value(a), b)
@@ -135,7 +136,7 @@ class CudaOps(TorchOps):
             return super().linear(value(x), weight)
         return linear.linear(self.launch, as_input(x, weight), weight)
 
-    def project(self, x: Tensor | Codes | Attended, weight: CudaLinear) -> Product:
+    def project(self, x: Tensor | Codes | Deferred, weight: CudaLinear) -> Product:
         return Product(self.launch, as_input(x, weight), weight)
 
     def split(self, y: Tensor, weight: Any) -> Sequence[Tensor]:
@@ -148,7 +149,7 @@ class CudaOps(TorchOps):
         y = linear.gated(self.launch, as_input(x, first), first, activation, weights.down)
         return self.project(y, weights.down)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Attended:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Deferred:
         cache, spec = step.cache, self.spec
         keys, values = cache.arrays(layer)
         table = step.attention.tables[cache.group(layer)]
@@ -163,7 +164,7 @@ class CudaOps(TorchOps):
             query_scaling=(heads.scaling.floor, heads.scaling.scale) if heads.scaling else None,
         )
 
-        def compute(codes: tuple[Tensor, Tensor | None] | None) -> Tensor:
+        def compute(codes: CodeScales | None) -> Tensor:
             return attention.attention(
                 self.launch,
                 q,
@@ -185,7 +186,7 @@ class CudaOps(TorchOps):
                 codes=codes,
             )
 
-        return Attended(q, compute)
+        return Deferred(q, compute)
 
     def rope(self, x: Tensor, rope: Rope, step: Any) -> Tensor:
         """For latents; elsewhere `attend` rotates."""

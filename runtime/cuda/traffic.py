@@ -27,7 +27,7 @@ from trtx.builder.engine import EngineConfig
 from trtx.converters.spec import Activation, ModelSpec, Rope
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime.batch import SequenceSlice
-from trtx.runtime.cuda.deferred import Attended
+from trtx.runtime.cuda.deferred import Deferred
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import H100_SHARED, LIBRARY, Arguments, Constants, How, Launch
 from trtx.runtime.cuda.meta import META, meta_steps
@@ -167,7 +167,7 @@ class _Ops(CudaOps):
         self.launch.tables.update(map(_storage, tables))
         return tables
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Attended:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: CudaStep, heads: Heads) -> Deferred:
         self.launch.attends(layer, step)
         return super().attend(q, k, v, layer, step, heads)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import triton
 
-from tests.builder.test_cuda import assert_is_machine_code, index_of, kernels_of, small
+from tests.builder.test_cuda import assert_is_machine_code, kernels_of, small
 from tests.builder.test_cuda import empty_caches as empty_caches
+from tests.builder.test_nvrtc import assert_built_with, wide
 from tests.builder.test_nvrtc import missing as missing
-from tests.builder.test_nvrtc import wide
-from trtx.builder.build import build, prepare
-from trtx.builder.cuda import nvrtc, trace
+from trtx.builder.build import prepare
+from trtx.builder.cuda import nvrtc
 from trtx.converters.spec import Activation
 from trtx.quantize.formats import E4M3, FORMATS
 from trtx.runtime.cuda import linear
@@ -111,13 +111,7 @@ def test_engine_holds_the_kernel(write_checkpoint, tmp_path: Path, monkeypatch: 
     wanted = kernels_of(prepare(checkpoint, small()))
     native = [variant for variant in wanted if variant.native]
     assert {variant.kernel for variant in native} == {"cu.few"}
-    monkeypatch.setattr(trace, "required_kernels", lambda *args: native)
-    out = tmp_path / "engine"
-    build(checkpoint, out, small())
-    index = index_of(out)
-    assert [cubin.variant for cubin in index] == native
-    for cubin in index:
-        assert_is_machine_code((out / "rank0" / "kernels" / cubin.file).read_bytes(), "9.0", "few")
+    assert_built_with(native, checkpoint, tmp_path / "engine", monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["none", "fp8"])

@@ -128,19 +128,25 @@ def test_shapes(shape, wanted):
     assert linear.native_gemv4_shape(*shape) == wanted
 
 
+def assert_built_with(native: list[Variant], checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that needs only these kernels, all in CUDA C++, is built and holds them."""
+    monkeypatch.setattr(trace, "required_kernels", lambda *args: native)
+    build(checkpoint, out, small())
+    index = index_of(out)
+    assert [cubin.variant for cubin in index] == native
+    for cubin in index:
+        assert cubin.symbol == cubin.variant.function
+        assert_is_machine_code((out / "rank0" / "kernels" / cubin.file).read_bytes(), "9.0", cubin.symbol)
+
+
 def test_engine_holds_the_kernel(write_checkpoint, tmp_path, monkeypatch):
     """An engine of INT4 weights, of which only the kernels in CUDA C++ are compiled here."""
     checkpoint = write_checkpoint(wide(), "int4_awq").path
     wanted = kernels_of(prepare(checkpoint, small()))
     assert "cu.gemv4" in {v.kernel for v in wanted} and "linear.gemv4" not in {v.kernel for v in wanted}
-    native = [variant for variant in wanted if variant.native]
-    monkeypatch.setattr(trace, "required_kernels", lambda *args: native)
     out = tmp_path / "engine"
-    build(checkpoint, out, small())
+    assert_built_with([variant for variant in wanted if variant.native], checkpoint, out, monkeypatch)
     index = index_of(out)
-    assert [cubin.variant for cubin in index] == native
-    for cubin in index:
-        assert_is_machine_code((out / "rank0" / "kernels" / cubin.file).read_bytes(), "9.0", cubin.symbol)
     assert {f"rank0/kernels/{cubin.file}" for cubin in index} <= set(Manifest.read(out).files)
     assert Engine(out).config.fingerprint.versions["nvrtc"] == nvrtc.nvrtc_version()
     monkeypatch.setattr(kernels.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a compiler was started"))

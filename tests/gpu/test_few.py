@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_gemv4 import BF16, FP16, Native
+from tests.gpu.test_gemv4 import BF16, FP16, Native, assert_order_is_kept
 from tests.kernels.checks import poisoned as poisoned
 from tests.kernels.test_linear import assert_close, exact, gate, resident, stored
 from trtx.converters.spec import Activation
@@ -126,27 +126,9 @@ def test_not_a_number(launch: Launch, device: torch.device, form: str, number: f
 @pytest.mark.parametrize("size", [2048, 6144])
 @pytest.mark.parametrize("form", ["none", "fp8"])
 def test_launched_dependently(launch: Launch, device: torch.device, form: str, size: int) -> None:
-    """Each product reads what the one before writes: the same whether it starts early or when all is done."""
     weights = [weight_of(device, form, size, size, BF16, "bias") for _ in range(2)]
     residents = [resident(weight, BF16) for weight in weights]
-
-    def chain(wait: bool) -> Tensor:
-        x = first.clone()
-        for index in range(40):
-            y = linear.linear(launch, x, residents[index % 2])
-            if wait:
-                torch.cuda.synchronize()
-            linear.linear(launch, y, residents[1 - index % 2], x)
-            if wait:
-                torch.cuda.synchronize()
-            x = x / x.float().abs().amax().to(BF16)
-        return x
-
-    first = torch.randn(7, size).to(device, BF16)
-    wanted = chain(True)
-    assert wanted.isfinite().all() and wanted.any()
-    for _ in range(5):
-        assert torch.equal(chain(False), wanted)
+    assert_order_is_kept(launch, residents, torch.randn(7, size).to(device, BF16), every=1)
 
 
 def test_shapes_of_programs_are_all_here() -> None:

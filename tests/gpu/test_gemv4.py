@@ -148,10 +148,12 @@ def test_not_a_number(launch: Launch, device: torch.device, number: float) -> No
         assert linear.gated(launch, x, resident_of(weight, BF16), Activation("relu")).isnan().all()
 
 
-def test_launched_dependently(launch: Launch, device: torch.device) -> None:
-    """Each product reads what the one before writes: the same whether it starts early or when all is done."""
-    weights = [weight_of(device, 2048, 2048, BF16, "bias") for _ in range(2)]
-    residents = [resident_of(weight, BF16) for weight in weights]
+def assert_order_is_kept(launch: Launch, residents: list[linear.CudaLinear], first: Tensor, every: int) -> None:
+    """Each product reads what the one before writes: the same whether it starts early or when all is done.
+
+    Args:
+        every: x is brought back to size after so many pairs of products.
+    """
 
     def chain(wait: bool) -> Tensor:
         x = first.clone()
@@ -162,11 +164,16 @@ def test_launched_dependently(launch: Launch, device: torch.device) -> None:
             linear.linear(launch, y, residents[1 - index % 2], x)
             if wait:
                 torch.cuda.synchronize()
-            x = x / x.float().abs().amax().to(BF16) if index % 4 == 3 else x
+            x = x / x.float().abs().amax().to(BF16) if index % every == every - 1 else x
         return x
 
-    first = torch.randn(1, 2048).to(device, BF16)
     wanted = chain(True)
     assert wanted.isfinite().all() and wanted.any()
     for _ in range(5):
         assert torch.equal(chain(False), wanted)
+
+
+def test_launched_dependently(launch: Launch, device: torch.device) -> None:
+    weights = [weight_of(device, 2048, 2048, BF16, "bias") for _ in range(2)]
+    residents = [resident_of(weight, BF16) for weight in weights]
+    assert_order_is_kept(launch, residents, torch.randn(1, 2048).to(device, BF16), every=4)

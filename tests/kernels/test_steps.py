@@ -363,7 +363,7 @@ def test_numbers_of_decodes_and_of_the_steps_after(checkpoint, launch, device, m
     monkeypatch.setattr(inputs, "fill", lambda values: [sends.append(len(values)), send(values)])
 
     def standing() -> list[list[int]]:
-        return [inputs.field(name, 3).tolist() for name in ("ids", "sources", "positions", "lengths", "sequence")]
+        return [inputs.field(name, 3).tolist() for name in DECODE_FIELDS]
 
     maker.fill_decodes([SequenceSlice([42], 7, ([1],), 1), SequenceSlice([PENDING], 9, ([2, 3],), 1, source=5)], 3)
     assert standing() == [[42, PENDING, 0], [0, 5, 0], [7, 9, 0], [8, 10, 0], [0, 1, -1]]
