@@ -8,7 +8,8 @@ T tokens of a step, e bytes of the compute dtype, H the hidden size. A step of t
 - the MLP's gate and up and their product, or the logits, and what the sampler makes of them;
 - of formats that cuBLAS does not multiply, a weight in the compute dtype; codes in fp32 where torch rounds the input.
 
-Steps that are captured in graphs keep the memory of the largest for themselves: it comes on top.
+Steps that are captured in graphs keep the memory of the largest for themselves: it comes on top, and so do the logits
+of mixed ones.
 """
 
 from __future__ import annotations
@@ -139,19 +140,20 @@ class CudaBackend(Backend):
         return weight_bytes(sizing.model, tokens)
 
     def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
-        from trtx.runtime.cuda.steps import CHUNKS
+        from trtx.runtime.cuda.shapes import CHUNKS, MIXED
 
-        captured = max(sizing.max_batch_size, min(CHUNKS[-1], sizing.max_num_tokens))
-        return self._step_bytes(sizing, shard, sizing.max_num_tokens) + self._step_bytes(sizing, shard, captured)
+        captured = max(sizing.max_batch_size, min(max(CHUNKS[-1], MIXED[-1]), sizing.max_num_tokens))
+        steps = sum(self._step_bytes(sizing, shard, tokens) for tokens in (sizing.max_num_tokens, captured))
+        return steps + sizing.max_batch_size * shard.spec.vocab_size * ITEMSIZE[sizing.compute_dtype]
 
     def table_bytes(self, sizing: Sizing) -> int:
         return 4 * sizing.max_seq_len * sum(rope.dim for rope in sizing.model.spec.ropes)
 
     def workspace_bytes(self, sizing: Sizing) -> int:
         from trtx.runtime.cuda.cublaslt import WORKSPACE
-        from trtx.runtime.cuda.steps import CHUNKS, batch_sizes
+        from trtx.runtime.cuda.shapes import Shapes
 
-        captured = len(batch_sizes(sizing.max_batch_size)) + 2 * sum(n <= sizing.max_num_tokens for n in CHUNKS)
+        captured = Shapes.of(sizing.max_batch_size, sizing.max_num_tokens, tile=1).graphs
         graphs = GRAPH_LAYER * sizing.model.spec.num_layers * captured
         return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + WORKSPACE + LOADED + graphs
 

@@ -15,8 +15,9 @@ from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.launch import RecordLaunch, Variant
 from trtx.runtime.cuda.meta import META, meta_steps
 from trtx.runtime.cuda.ops import CudaOps
+from trtx.runtime.cuda.shapes import batch_sizes
 from trtx.runtime.cuda.step import Shape
-from trtx.runtime.cuda.steps import Steps, batch_sizes
+from trtx.runtime.cuda.steps import Steps
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.sampler import Row
 from trtx.runtime.sampling import SamplingParams

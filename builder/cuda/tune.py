@@ -28,7 +28,7 @@ from trtx.quantize.weight import LinearWeight, fusable
 from trtx.runtime.cuda.cublaslt import TABLE, Algorithm, CublasError, Problem, Products, Table, Tuned
 from trtx.runtime.cuda.linear import dense, kernel_layout, most_tokens, resident
 from trtx.runtime.cuda.ops import is_expert
-from trtx.runtime.cuda.steps import batch_sizes
+from trtx.runtime.cuda.shapes import batch_sizes
 from trtx.runtime.weights import WeightStore, fused_groups
 
 SECONDS = 20.0

@@ -10,6 +10,8 @@ deferred.py     what it leaves to the word that comes next
 kv_cache.py     the paged KV cache
 step.py         the numbers of a step, and how they reach the GPU
 steps.py        steps as CUDA graphs, several at once, tokens that stay on the GPU
+shapes.py       which shapes steps are padded to
+graphs.py       how graphs are captured
 load.py         weights from files to the GPU
 runner.py       what the executor drives
 meta.py         an engine's steps without its weights

@@ -41,7 +41,8 @@ class AttentionStep:
         tables: per KV group [B, W], the block of each `block_size` positions.
         tiles: [N, 2], prefill work: a sequence and the first of a tile's tokens among its new ones, as `tiles_of`
             lists them; (-1, 0): nothing to do.
-        decodes: the first so many sequences have one token each.
+        decodes: the first so many sequences have one token each, which come first, or none: the tokens of the others
+            follow those that there are.
         counters: [B * heads] or more, zeros; kernels leave them so.
     """
 
@@ -295,14 +296,14 @@ class CachedAttention:
         block = max(1, min(1024 // width, power_of_two(heads)))
         norm, (cos, sin) = self.rotation.k_norm or _UNCHANGED, self.rotation.angles
         args = (
-            k, v, cos, sin, norm.weight, norm.bias, step.positions, step.sequence, self.table, self.keys, self.values,
-            step.decodes, float(self.k_scale), float(self.v_scale),
+            k, v, cos, sin, norm.weight, norm.bias, step.positions, step.sequence, step.decodes, self.table, self.keys,
+            self.values, float(self.k_scale), float(self.v_scale),
         )  # fmt: skip
         constants: dict[str, Constant] = self.rotation.constants() | {
             "KV_HEADS": heads, "DIM": dim, "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0),
             "WIDTH": self.table.shape[1], "BLOCK_SIZE": self.keys.shape[2], "BLOCK_HEADS": block, "BLOCK_DIM": width,
         }  # fmt: skip
-        grid = (tokens - step.decodes, 2 * -(-heads // block))
+        grid = (tokens, 2 * -(-heads // block))
         self.launch("attention.store", grid, args, constants, warps=4, stages=1, pdl=True)
 
     def attend(
@@ -314,6 +315,8 @@ class CachedAttention:
         codes: CodeScales | None = None,
     ) -> Tensor:
         """Decodes by one kernel, then the other tokens by another, [T, H * dim].
+
+        The first writes `decodes` rows; where fewer decode, the second writes some of them again.
 
         Args:
             new: keys and values that decodes put into the cache; None: it holds them already.

@@ -13,6 +13,7 @@ from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.cubins import CubinLaunch
 from trtx.runtime.cuda.cublaslt import TABLE, Products
+from trtx.runtime.cuda.graphs import Graphs
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.load import loaded_store
 from trtx.runtime.cuda.ops import CudaOps
@@ -65,8 +66,9 @@ class CudaRunner(Runner):
             decoder = weights.load(store, ops)
             cache = CudaKVCache(self.layout, limits.kv_blocks, kv_dtype, self.device, scales)
             self._steps = Steps(decoder, ops, cache, limits.max_batch_size, limits.max_num_tokens, limits.max_seq_len)
-            self._steps.capture()
+            self._steps.capture(Graphs())
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what the first calls took, beside their graphs
 
     @torch.inference_mode()
     def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> Ticket:

@@ -110,7 +110,7 @@ class BlockTables:
         device: per KV group [batch, width] int32.
 
     Args:
-        batch, width: the most sequences of a step and blocks of a sequence.
+        batch, width: the most sequences of a step, padding included, and blocks of a sequence.
         groups: KV groups.
     """
 
@@ -120,14 +120,17 @@ class BlockTables:
         self._mirrors = [np.zeros((batch, width), dtype=np.int32) for _ in range(groups)]
         self._held: list[tuple[tuple[Sequence[int], ...], int]] = [((), 0)] * batch
 
-    def fill(self, batch: Sequence[SequenceSlice]) -> None:
+    def fill(self, batch: Sequence[SequenceSlice], rows: Sequence[int]) -> None:
         """Send the tables of the next step, if they have changed.
 
         A sequence's table only grows at its end. Entries before its window turn to 0, which nobody reads: they are
         left as they were.
+
+        Args:
+            rows: where each goes, in ascending order.
         """
         changed = False
-        for row, piece in enumerate(batch):
+        for row, piece in zip(rows, batch, strict=True):
             known, count = self._held[row]
             tables = piece.tables
             length = len(tables[0])
@@ -140,9 +143,10 @@ class BlockTables:
             self._held[row] = tables, length
             changed = True
         if changed:
+            end = rows[-1] + 1
             for mailbox, mirror in zip(self._mailboxes, self._mirrors, strict=True):
-                mailbox.host[: len(batch)] = mirror[: len(batch)]
-                mailbox.send(len(batch))
+                mailbox.host[:end] = mirror[:end]
+                mailbox.send(end)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ class Shape:
     Attributes:
         rows: tokens that want logits; None: all of them, in their order.
         tiles: of prefill; see `attention.tiles_of`.
-        decodes: the first so many sequences have one token each.
+        decodes: the first so many sequences have one token each, or none.
     """
 
     tokens: int
@@ -165,6 +169,11 @@ class Shape:
     def of_decodes(cls, count: int) -> Shape:
         """So many sequences with one token each, all of which want logits."""
         return cls(count, count, None, 0, count)
+
+    def numbers(self, batch: Sequence[SequenceSlice]) -> list[int]:
+        """Which of the shape's sequences a step's slices are, single tokens first: the others follow all `decodes`."""
+        alone = _decodes(batch)
+        return [*range(alone), *range(self.decodes, self.decodes + len(batch) - alone)]
 
 
 class StepMaker:
@@ -201,7 +210,7 @@ class StepMaker:
     def shape_of(self, batch: Sequence[SequenceSlice]) -> Shape:
         """The shape of exactly this step; decodes come first."""
         counts = [len(piece.tokens) for piece in batch]
-        decodes = sum(count == 1 for count in counts)
+        decodes = _decodes(batch)
         tiles = len(tiles_of(counts, decodes, self.tile))
         return Shape(sum(counts), len(batch), sum(piece.logits for piece in batch), tiles, decodes)
 
@@ -222,19 +231,24 @@ class StepMaker:
         return CudaStep(token_ids[: shape.tokens], attention.positions, rows, attention, self._cache)
 
     def fill(self, batch: Sequence[SequenceSlice], shape: Shape) -> None:
-        """Send the numbers of a step, padded to `shape` with tokens and tiles of no sequence."""
-        counts = [len(piece.tokens) for piece in batch]
+        """Send the numbers of a step, padded to `shape`: tokens and rows at their end, decodes behind the decodes."""
+        numbers_of = shape.numbers(batch)
+        counts, lengths = np.zeros((2, shape.sequences), dtype=np.int32)
+        counts[numbers_of] = [len(piece.tokens) for piece in batch]
+        lengths[numbers_of] = [piece.end for piece in batch]
         ends = np.cumsum(counts)
-        rows = [row for piece, end in zip(batch, ends, strict=True) for row in range(end - piece.logits, end)]
+        rows = [
+            row for piece, end in zip(batch, ends[numbers_of], strict=True) for row in range(end - piece.logits, end)
+        ]
         numbers: dict[str, Any] = {
             "ids": np.concatenate([_NONE, *(np.asarray(piece.tokens, dtype=np.int32) for piece in batch)]),
-            "sources": [piece.source or 0 for piece in batch[: shape.decodes]],
+            "sources": [piece.source or 0 for piece in batch[: _decodes(batch)]],
             "positions": np.concatenate([_NONE, *(np.arange(p.start, p.end, dtype=np.int32) for p in batch)]),
-            "lengths": [piece.end for piece in batch],
-            "sequence": np.repeat(np.arange(len(batch), dtype=np.int32), counts),
+            "lengths": lengths,
+            "sequence": np.repeat(np.arange(shape.sequences, dtype=np.int32), counts),
             "starts": np.concatenate([[0], ends]),
             "rows": rows,
-            "tiles": np.asarray(tiles_of(counts, shape.decodes, self.tile), dtype=np.int32).ravel(),
+            "tiles": np.asarray(tiles_of(counts.tolist(), shape.decodes, self.tile), dtype=np.int32).ravel(),
         }
         sizes = dict.fromkeys(numbers, shape.tokens)
         sizes.update(lengths=shape.sequences, starts=shape.sequences + 1, rows=shape.rows or 0, tiles=2 * shape.tiles)
@@ -287,6 +301,11 @@ class StepMaker:
             self.fill_decodes([], shape.tokens)
         else:
             self.fill([], shape)
+
+
+def _decodes(batch: Sequence[SequenceSlice]) -> int:
+    """How many of a step's slices are single tokens."""
+    return sum(len(piece.tokens) == 1 for piece in batch)
 
 
 _NONE = np.zeros(0, dtype=np.int32)

@@ -1,40 +1,28 @@
-"""The steps of an engine: decodes, and prefills of a few prompts, as CUDA graphs, others launched kernel by kernel.
+"""The steps of an engine: as CUDA graphs, but for those of very many tokens, which are launched kernel by kernel.
 
-A graph is captured for each of a few shapes; a step is padded to the next one. Tokens stay on the GPU: the next step
-finds there what this one chose, and the host reads a step's tokens while the next one is computed.
+A graph is captured for each of a few shapes (`runtime.cuda.shapes`); a step is padded to the next one. Decodes and
+prefills are captured when an engine is loaded, mixed steps when they come. Tokens stay on the GPU: the next step finds
+there what this one chose, and the host reads a step's tokens while the next one is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda import sampling
+from trtx.runtime.cuda.graphs import Graphs
 from trtx.runtime.cuda.kv_cache import CudaKVCache
 from trtx.runtime.cuda.ops import CudaOps
+from trtx.runtime.cuda.shapes import CHUNKS, MOST_MIXED, PROMPTS, Shapes
 from trtx.runtime.cuda.step import MOST_STEPS, BlockTables, Shape, StepInputs, StepMaker, resolve
 from trtx.runtime.decoder import Decoder
 from trtx.runtime.sampler import Row, Sampled, report, wanted_logprobs
-
-
-def batch_sizes(most: int) -> list[int]:
-    """The batch sizes that decode steps are captured for: all up to 4, then steps of 4, 8, 16 … to `most`."""
-    sizes = [1, 2, 3, 4]
-    while sizes[-1] < most:
-        sizes.append(sizes[-1] + max(4, 1 << (sizes[-1].bit_length() - 3)))
-    return sorted({min(size, most) for size in sizes})
-
-
-CHUNKS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
-"""Tokens of the prefills that are captured: a longer one takes the GPU longer than the host, which takes half a
-millisecond a layer, or a whole one (2048 tokens of Llama-3.1-8B in FP8 are 26 ms of kernels)."""
-
-_SEQUENCES = 8
-"""The most sequences of such a prefill."""
 
 
 @dataclass
@@ -53,19 +41,14 @@ class Ticket:
     done: torch.cuda.Event | None = None
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """A step in a graph, and where it leaves its logits [rows, V]."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
-
-
 class Steps:
     """Computes the steps of a decoder.
 
     Args:
         batch, tokens, length: the engine's limits.
+
+    Attributes:
+        shapes: that steps are padded to.
     """
 
     def __init__(
@@ -74,9 +57,9 @@ class Steps:
         self._decoder, self._ops = decoder, ops
         device = ops.device
         width = -(-length // cache.layout.block_size)
-        self.tables = BlockTables(batch, len(cache.layout.groups), width, device)
-        chunk, few = min(CHUNKS[-1], tokens), min(_SEQUENCES, batch)
-        sizes = {"decodes": (batch, batch), "chunks": (chunk, few), "mixed": (tokens, batch)}
+        most = batch + PROMPTS  # sequences of a padded step
+        self.tables = BlockTables(most, len(cache.layout.groups), width, device)
+        sizes = {"decodes": (batch, batch), "chunks": (min(CHUNKS[-1], tokens), PROMPTS), "mixed": (tokens, most)}
         self._inputs = {name: StepInputs(*size, device) for name, size in sizes.items()}
         shared = self.tables, cache, decoder.spec.num_heads, ops.dtype.itemsize, ops.launch.shared_bytes
         self._makers = {name: StepMaker(inputs, *shared) for name, inputs in self._inputs.items()}
@@ -85,27 +68,20 @@ class Steps:
         pinned = device.type == "cuda"
         self._host = [torch.zeros(2, batch, dtype=torch.int32, pin_memory=pinned) for _ in range(2 * MOST_STEPS)]
         self._turn = 0
-        self._no_logits = torch.zeros(0, decoder.spec.vocab_size, dtype=ops.dtype, device=device)
-        self._graphs: dict[Shape, _Captured] = {}
-        self.shapes = [("decodes", Shape.of_decodes(count)) for count in batch_sizes(batch)]
-        for count in (count for count in CHUNKS if count <= tokens):
-            for sequences in sorted({1, few}):
-                tiles = count // self._makers["chunks"].tile + sequences
-                self.shapes.append(("chunks", Shape(count, sequences, sequences, tiles, 0)))
+        self._logits = torch.empty(batch, decoder.spec.vocab_size, dtype=ops.dtype, device=device)
+        self.shapes = Shapes.of(batch, tokens, self._makers["mixed"].tile)
+        self._graphs: Graphs | None = None
+        self._mixed, self._mixed_left = frozenset(self.shapes.mixed), MOST_MIXED
+        self._replays: dict[Shape, Callable[[], Tensor]] = {}
 
-    def capture(self) -> None:
-        """Capture the steps of all shapes, the largest first: the others fit into its memory."""
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        stream.wait_stream(torch.cuda.current_stream())
-        for kind, shape in sorted(self.shapes, key=lambda known: known[1].tokens, reverse=True):
+    def capture(self, graphs: Graphs) -> None:
+        """Capture decodes and prefills, the largest first: the others fit into its memory; from now on mixed steps."""
+        shapes = [(kind, shape) for kind, shape in self.shapes if kind != "mixed"]
+        for kind, shape in sorted(shapes, key=lambda known: known[1].tokens, reverse=True):
             self._makers[kind].fill_nothing(shape)
-            with torch.cuda.stream(stream):
-                self.compute(kind, shape)  # libraries set themselves up at their first calls
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                logits = self.compute(kind, shape)
-            self._graphs[shape] = _Captured(graph, logits)
-        torch.cuda.current_stream().wait_stream(stream)
+            self.compute(kind, shape)
+            self._replays[shape] = graphs.capture(partial(self.compute, kind, shape))
+        self._graphs = graphs
 
     def launch(self, batch: Sequence[SequenceSlice], rows: Sequence[Row], steps: int = 1) -> Ticket:
         """Start a step, or several; see `Runner.launch`."""
@@ -139,20 +115,10 @@ class Steps:
         resolve(launch, self._inputs[kind], shape.tokens, self._chosen[0], self._ids)
         if shape.rows == 0:
             self._decoder.body(step)
-            return self._no_logits
+            return self._logits[:0]
         logits = self._decoder.forward(step)
         sampling.greedy(launch, logits, out=self._chosen)
         return logits
-
-    def _shape(self, batch: Sequence[SequenceSlice]) -> tuple[str, Shape]:
-        """The smallest captured shape that takes a step; its own where there is none."""
-        exact = self._makers["mixed"].shape_of(batch)
-        if exact.decodes == exact.tokens == exact.rows:
-            exact = Shape.of_decodes(exact.tokens)
-        for kind, shape in self.shapes:
-            if _fits(exact, shape):
-                return kind, shape
-        return "mixed", exact
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> None:
         """Where rows do not ask for the likeliest token, put what they ask for in its place."""
@@ -172,8 +138,8 @@ class Steps:
 
     def _send(self, batch: Sequence[SequenceSlice]) -> tuple[str, Shape]:
         """Send the numbers of a step on their way → what it is to be run as."""
-        self.tables.fill(batch)
-        kind, shape = self._shape(batch)
+        kind, shape = self.shapes.padded(self._makers["mixed"].shape_of(batch))
+        self.tables.fill(batch, shape.numbers(batch))
         if kind == "decodes":
             self._makers[kind].fill_decodes(batch, shape.tokens)
         else:
@@ -181,12 +147,20 @@ class Steps:
         return kind, shape
 
     def _run(self, kind: str, shape: Shape) -> Tensor:
-        """Logits of a step whose numbers have been sent."""
-        if shape not in self._graphs:
-            return self.compute(kind, shape)
-        captured = self._graphs[shape]
-        captured.graph.replay()
-        return captured.logits
+        """Logits of a step whose numbers have been sent. A mixed one of a new shape is captured behind that."""
+        replay = self._replays.get(shape)
+        if replay is not None:
+            return replay()
+        logits = self.compute(kind, shape)
+        if self._graphs and self._mixed_left and shape in self._mixed:
+            self._mixed_left -= 1
+            self._replays[shape] = self._graphs.capture(partial(self._compute_mixed, shape))
+        return logits
+
+    def _compute_mixed(self, shape: Shape) -> Tensor:
+        """As `compute`, with logits where those of all mixed steps go: they would take more than all else."""
+        logits = self.compute("mixed", shape)
+        return self._logits[: len(logits)].copy_(logits)
 
     def _read(self, chosen: Tensor, ticket: Ticket) -> list[Sampled]:
         tokens, finite = chosen.tolist()
@@ -196,12 +170,3 @@ class Steps:
             report(token, row, ticket.logprobs.get(place)) if whole else Sampled(None)
             for place, (token, whole, row) in enumerate(zip(tokens, finite, ticket.rows, strict=True))
         ]
-
-
-def _fits(exact: Shape, shape: Shape) -> bool:
-    """Whether a step can be padded to a shape."""
-    if (exact.rows is None) != (shape.rows is None) or exact.tokens > shape.tokens:
-        return False
-    if exact.rows is None or shape.rows is None:
-        return True
-    return not exact.decodes and exact.sequences <= shape.sequences and exact.rows <= shape.rows

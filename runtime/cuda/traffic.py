@@ -9,7 +9,7 @@
     others            every tensor once
 
 Block tables and counters are left out, and what torch computes beside matrix products. Steps that are padded to a
-captured graph are counted with their padding, but for the KV cache.
+captured graph are counted with their padding, but for the KV cache and the attention of prompts.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Count(Launch):
         self.share: dict[int, float] = {}
         self.uncounted: set[int] = set()
         self._slices: Sequence[SequenceSlice] = ()
-        self._layer = self._tokens = self._decodes = 0
+        self._layer = self._tokens = 0
 
     def begin(self, slices: Sequence[SequenceSlice]) -> None:
         """Count a step of these slices."""
@@ -115,7 +115,7 @@ class _Count(Launch):
     def attends(self, layer: int, step: CudaStep) -> None:
         """The launches that follow are those of a layer's attention."""
         attention = step.attention
-        self._layer, self._tokens, self._decodes = layer, len(step.token_ids), attention.decodes
+        self._layer, self._tokens = layer, len(step.token_ids)
         self.uncounted.update(map(_storage, [*attention.tables, attention.counters]))
 
     def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
@@ -133,12 +133,15 @@ class _Count(Launch):
         Args:
             programs: along the grid's first axis: a token each, but for `attention.prefill`.
         """
-        tokens, cached = programs, programs
+        alone = [piece for piece in self._slices if len(piece.tokens) == 1]
+        others = [piece for piece in self._slices if len(piece.tokens) > 1]
+        tokens, cached = programs, sum(len(piece.tokens) for piece in self._slices)
         if kernel == "attention.decode":
-            cached = self._seen(piece for piece in self._slices if len(piece.tokens) == 1)
-        elif kernel == "attention.prefill":
-            tokens = self._tokens - self._decodes
-            cached = self._seen(piece for piece in self._slices[self._decodes :])
+            cached = self._seen(alone)
+        elif kernel in ("attention.prefill", "attention.store"):
+            tokens = cached = sum(len(piece.tokens) for piece in others)
+        if kernel == "attention.prefill":
+            cached = self._seen(others)
         total = 0
         for tensor in given:
             if _storage(tensor) in self.cache:

@@ -21,7 +21,7 @@ UNSEEN = tl.constexpr(-1e30)
 
 @triton.jit
 def store(
-    k, v, cos, sin, k_weight, k_bias, positions, sequence, table, keys, values, first, k_scale, v_scale,
+    k, v, cos, sin, k_weight, k_bias, positions, sequence, first, table, keys, values, k_scale, v_scale,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NORM: tl.constexpr, NORM_LAST: tl.constexpr, PER_HEAD: tl.constexpr, EPS: tl.constexpr,
@@ -35,16 +35,16 @@ def store(
         k, v: [T, KV_HEADS, DIM], tokens a stride apart.
         cos, sin: [positions, ROPE / 2] fp32, or None.
         k_weight, k_bias: of the norm, [DIM] or (PER_HEAD) [KV_HEADS, DIM], or None.
-        positions, sequence: [T]; nothing is stored for a token of sequence -1.
+        positions, sequence: [T].
+        first: the sequence to begin with: nothing is stored for tokens of those before it, nor for padding (-1).
         table: [sequences, WIDTH], the block of each BLOCK_SIZE positions.
         keys, values: the cache; in e4m3 what is stored is divided by its scale.
-        first: the token to begin with.
         NORM: 'none', 'rms', 'layer', or 'unit' (RMSNorm without a weight); NORM_LAST: after the rotation.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    token = (first + tl.program_id(0)).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     parts: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     part = tl.program_id(1)
     dims = tl.arange(0, BLOCK_DIM)[None, :]
@@ -52,16 +52,17 @@ def store(
     inside = (heads < KV_HEADS) & (dims < DIM)
     position = tl.load(positions + token)
     owner = tl.load(sequence + token)
-    places = _places(table + owner * WIDTH, position, heads, owner >= 0, KV_HEADS, BLOCK_SIZE, DIM) + dims
+    wanted = owner >= first
+    places = _places(table + owner * WIDTH, position, heads, wanted, KV_HEADS, BLOCK_SIZE, DIM) + dims
     if part < parts:
         x = _normed_and_rotated(
             k + token * K_STRIDE + heads * DIM, k_weight, k_bias, cos, sin, position, heads, dims, inside,
             DIM, ROPE, NORM, NORM_LAST, PER_HEAD, EPS,
         )  # fmt: skip
-        tl.store(keys + places, _stored(x, k_scale, keys.dtype.element_ty), inside & (owner >= 0))
+        tl.store(keys + places, _stored(x, k_scale, keys.dtype.element_ty), inside & wanted)
     else:
         x = tl.load(v + token * V_STRIDE + heads * DIM + dims, inside, other=0.0).to(tl.float32)
-        tl.store(values + places, _stored(x, v_scale, values.dtype.element_ty), inside & (owner >= 0))
+        tl.store(values + places, _stored(x, v_scale, values.dtype.element_ty), inside & wanted)
 
 
 @triton.jit

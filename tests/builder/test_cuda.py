@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -245,10 +246,44 @@ def test_kernels_of_any_step_are_there(tokens, batch):
         for count, rows, decodes in [(17, 1, 0), (tokens, 1, 0), (tokens, 2, 2), (tokens, 3, 1), (tokens, 4, 3)]:
             if count <= tokens:
                 steps.compute("mixed", Shape(count, max(rows, decodes), rows, 2, decodes))
-        for count in (1, 5):
-            row = Row(SamplingParams(temperature=0), [1] * count, count, 0, 0)
-            steps.launch([SequenceSlice([1] * count, 0, ([1],), 1)], [row])
+        row, rng = Row(SamplingParams(temperature=0), [1], 1, 0, 0), random.Random(0)
+        for _ in range(20):
+            decodes = rng.randrange(batch + 1)
+            prompts = rng.randrange(not decodes, batch - decodes + 1)
+            counts, left = [1] * decodes, tokens - decodes
+            while len(counts) < decodes + prompts and left > 1:
+                counts.append(rng.randint(2, left))
+                left -= counts[-1]
+            slices = [SequenceSlice([1] * count, 0, ([1],), 1) for count in counts]
+            steps.launch(slices, [row] * len(slices))
     assert launch.variants.keys() <= known
+
+
+def test_mixed_steps_launch_the_same_kernels_by_themselves_and_in_graphs():
+    """A shape's first step, those that are replayed, and those that there is no room for."""
+    asked = sizing(CheckpointConfig(spec_of(TINY), "bf16"), max_batch_size=8, max_num_tokens=64, max_seq_len=64)
+    layout = CudaBackend().kv_layout(asked, Shard(asked.model.spec, asked.mapping, 0))
+    launch, steps = recorded(asked, layout)
+    captured: list[list[Variant]] = []
+
+    class Graphs:
+        def capture(self, compute):
+            launch.variants.clear()
+            compute()
+            captured.append(list(launch.variants))
+            return compute
+
+    row = Row(SamplingParams(temperature=0), [1], 1, 0, 0)
+    slices = [SequenceSlice([1] * count, 0, ([1],), 1) for count in (1, 1, 20)]
+    with torch.inference_mode():
+        steps.logits(slices)
+        eager = list(launch.variants)
+        steps._graphs = Graphs()
+        steps.launch(slices, [row] * 3)
+        assert captured == [eager]
+        launch.variants.clear()
+        steps.logits(slices[:1] + slices[2:])
+    assert list(launch.variants) == eager and len(captured) == 1
 
 
 # Weights in kernel layout.

@@ -8,7 +8,11 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +22,9 @@ from tests.runtime.models import GREEDY, assert_greedy, engine_of, random_model
 from tests.runtime.test_smollm2 import PROMPTS
 from trtx.builder.build import BuildSettings, build
 from trtx.converters.convert import convert
+from trtx.runtime.cuda import runner
+from trtx.runtime.cuda.graphs import Graphs
+from trtx.runtime.cuda.step import Shape
 from trtx.runtime.llm import LLM
 from trtx.runtime.request import FinishReason, Request
 from trtx.runtime.sampling import SamplingParams
@@ -120,6 +127,68 @@ def test_long_prefills_from_graphs_give_the_same_tokens(smollm2, smollm2_referen
     for prompts in [[repeated[:length]] for length in (700, 1100, 1300, 1900)] + [together]:
         for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
             assert_greedy(smollm2_reference, prompt, completion.token_ids)
+
+
+class Watched(Graphs):
+    """Counts how often each step is captured, and replayed."""
+
+    captured: ClassVar[Counter[Shape]] = Counter()
+    replayed: ClassVar[Counter[Shape]] = Counter()
+
+    def capture(self, compute: Any) -> Callable[[], torch.Tensor]:
+        shape, replay = compute.args[-1], super().capture(compute)
+        self.captured[shape] += 1
+
+        def watched() -> torch.Tensor:
+            self.replayed[shape] += 1
+            return replay()
+
+        return watched
+
+
+@pytest.mark.parametrize("source", ["llama", "gemma2", "deepseek_v3", "qwen3_moe", "smollm2"])
+def test_requests_that_come_at_any_time_get_the_same_tokens(source, request, tmp_path, monkeypatch):
+    """fp32: a request every few steps, so that prompts are computed beside decodes, in graphs captured meanwhile; then
+    one by one."""
+    if source == "smollm2":
+        checkpoint, model = (request.getfixturevalue(name) for name in ("smollm2", "smollm2_reference"))
+    else:
+        model = random_model(FIRST[source])
+        checkpoint = checkpoint_of(model, tmp_path)
+    monkeypatch.setattr(runner, "Graphs", Watched)
+    Watched.captured.clear()
+    Watched.replayed.clear()
+    llm = LLM(engine_of(checkpoint, tmp_path / "engine", gpu="auto", backend="cuda", dtype="fp32"), prefix_reuse=False)
+    rng, executor = random.Random(0), llm.executor
+    waiting = [
+        Request(
+            str(number),
+            tuple(rng.randrange(80) for _ in range(rng.randrange(1, 60))),
+            replace(GREEDY, max_tokens=rng.randrange(2, 30), logprobs=rng.choice([None, 1])),
+        )
+        for number in range(60)
+    ]
+    asked = {it.id: it for it in waiting}
+    output: dict[str, list[int]] = {name: [] for name in asked}
+    best: list[bool] = []
+    while waiting or executor.has_work:
+        if waiting and rng.random() < 0.4:
+            executor.add(waiting.pop())
+        for event in executor.step():
+            output[event.request].append(event.token)
+            best += [event.top_logprobs[0].token == event.token] if event.top_logprobs else []
+    mixed = set(executor.runner._steps.shapes.mixed)
+    captured = {shape: times for shape, times in Watched.captured.items() if shape in mixed}
+    assert len(captured) > 1 and set(captured.values()) == {1}
+    assert sum(Watched.replayed[shape] for shape in captured) > 2 * len(captured)
+    assert best and all(best)
+    same = 0
+    for name, it in asked.items():
+        assert len(output[name]) == it.params.max_tokens
+        assert_greedy(model, it.prompt, output[name])
+        (alone,) = llm.generate([list(it.prompt)], replace(it.params, logprobs=None))
+        same += alone.token_ids == output[name]
+    assert same >= len(asked) - 1, "but where two logits are all but equal"
 
 
 def test_mixed_requests_with_cancellations_leave_nothing_behind(smollm2, tmp_path):

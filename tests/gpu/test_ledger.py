@@ -23,6 +23,7 @@ from trtx.quantize.formats import DTYPES, E4M3, FORMATS, Quantization
 from trtx.runtime import weights
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.runner import CudaRunner
+from trtx.runtime.cuda.shapes import MOST_MIXED
 from trtx.runtime.kv_layout import KVLayout
 from trtx.runtime.ops.torch_kv_cache import TorchKVCache
 from trtx.runtime.ops.torch_ops import TorchOps
@@ -143,14 +144,15 @@ ALONE = "import sys; from tests.gpu.test_ledger import serve_worst_steps; serve_
 
 
 def serve_worst_steps(path):
-    """Serve the largest steps of an engine, twice, with and without draws; print what the GPU has left, and torch."""
+    """Serve the largest steps of an engine, twice, with and without draws, and mixed ones of as many shapes as are
+    captured; print what the GPU has left, and torch."""
     runner, limits = CudaRunner(Engine(path)), Engine(path).config.limits
     blocks = runner.layout.blocks_for(limits.max_seq_len, limits.max_num_tokens)
     assert limits.kv_blocks > blocks
     tables = (list(range(1, blocks + 1)),) * len(runner.layout.groups)  # of every sequence: the same
     greedy = Row(SamplingParams(temperature=0), tokens=[1, 2], prompt_length=1, seed=1, index=0)
     for row in (DRAWN, greedy) * 2:
-        for step in worst_steps(limits, tables):
+        for step in [*worst_steps(limits, tables), *mixed_steps(runner._steps.shapes, tables)]:
             (sampled,) = runner.collect(runner.launch(step, [row] * len(step)))
             assert all(it.token is not None for it in sampled)
     torch.cuda.synchronize()
@@ -160,6 +162,15 @@ def serve_worst_steps(path):
         "reserved": torch.cuda.max_memory_reserved(),
     }
     print(json.dumps(left))
+
+
+def mixed_steps(shapes, tables):
+    """A step of each of the largest mixed shapes."""
+    for shape in shapes.mixed[-MOST_MIXED:]:
+        decodes = max(1, shape.decodes - 1)
+        prompt = SequenceSlice([1] * (shape.tokens - decodes), 0, tables, 1)
+        if len(prompt.tokens) > 1:
+            yield [SequenceSlice([1], 100, tables, 1)] * decodes + [prompt]
 
 
 @pytest.mark.parametrize(
