@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: shapes → launches of `runtime.kernels.attention`.
+"""Attention over the paged KV cache: shapes → launches of `runtime.kernels.attention`, or of decode.cu where it fits.
 
 Keys and values of a layer are [blocks, kv_heads, block_size, head_dim], latents [blocks, 1, block_size, rank +
 rope_dim]. Tokens of a step are packed, T of them; sequences that decode one token come before the others.
@@ -179,6 +179,36 @@ def decode_tiling(
     return Tiling(rows, 32, 4, stages) if width > 128 else Tiling(rows, 64, 4, stages)
 
 
+class DecodeShape(NamedTuple):
+    """How decode.cu is launched: see there.
+
+    Attributes:
+        splits: programs that share the keys of a sequence.
+        at_least: tiles in a share; fewer shares than programs are made of short sequences.
+    """
+
+    tiles: int
+    warps: int
+    blocks: int
+    splits: int
+    at_least: int
+
+
+def decode_shape(programs: int, longest: int, row_bytes: int, sharing: int) -> DecodeShape:
+    """For `programs` without splits, sequences of up to `longest` tokens whose keys have `row_bytes`, and `sharing`
+    query heads a key head.
+
+    Few programs are split until each multiprocessor has one, which takes all of its registers; of many, several share
+    one, so that some load while others begin or end, and only long sequences are split.
+    """
+    if programs > _PROGRAMS // 8:
+        tiles = 2 if row_bytes <= 128 and sharing <= 8 else 1
+        return DecodeShape(tiles, 4, 3 if sharing <= 8 else 2, min(4, -(-longest // _LONG)), _LONG // (16 * tiles))
+    tiles, warps = (2, 8) if sharing <= 8 else (1, 4)
+    splits = min(_PROGRAMS // 4 // programs, -(-longest // (16 * tiles * warps)))
+    return DecodeShape(tiles, warps, 1 if sharing <= 8 else 2, splits, warps)
+
+
 def query_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> int:
     """How many new tokens of a sequence a prefill tile has; see `tiles_of`. For latents: kv_heads = 1, rank + rope."""
     rows = prefill_tiling(head_dim, itemsize, shared).rows
@@ -342,6 +372,9 @@ class CachedAttention:
         codes: CodeScales | None = None,
     ) -> None:
         """The first `step.decodes` tokens."""
+        if new and not (tiling or splits) and self.fits(q, new, codes):
+            self.decode_natively(q, new, step, scale, out, codes)
+            return
         alone = step.decodes * self.keys.shape[1] if new else _PROGRAMS
         tiling = tiling or decode_tiling(self._sharing(q), self._row, q.element_size(), self.launch.shared_bytes, alone)
         group, chunks = self._groups(q, tiling)
@@ -368,6 +401,61 @@ class CachedAttention:
         }  # fmt: skip
         grid = (step.decodes, programs // step.decodes, splits)
         self.launch("attention.decode", grid, args, constants, tiling.warps, tiling.stages, pdl=True)
+
+    def fits(self, q: Tensor, new: tuple[Tensor, Tensor], codes: tuple[Tensor, Tensor | None] | None) -> bool:
+        """Whether decode.cu is there and knows all that is asked for; arguments as in `decode`."""
+        keys, (k, v), rotation, dim = self.keys, new, self.rotation, self.dim
+        smooth = codes[1] if codes else None
+        norms = [norm for norm in (rotation.q_norm, rotation.k_norm) if norm]
+        weights = {norm.weight.dtype for norm in norms if norm.weight is not None}
+        return (
+            self.launch.native and self.values is not None and self.alibi is None
+            and q.dtype in (torch.bfloat16, torch.float16) and keys.dtype in (q.dtype, E4M3)
+            and self._sharing(q) <= 16 and dim % 16 == 0 and dim <= 128 and dim * keys.itemsize % 32 == 0
+            and keys.shape[2] % 8 == 0 and (rotation.tables is None or rotation.dim % 8 == 0)
+            and all(x.dtype == q.dtype and x.stride(0) % 8 == x.storage_offset() % 8 == 0 for x in (q, k, v))
+            and len(norms) in (0, 2) and all(norm.kind != "layer" and norm.bias is None for norm in norms)
+            and weights in (set(), {q.dtype}, {torch.float32})
+            and (smooth is None or smooth.dtype == torch.float32)
+        )  # fmt: skip
+
+    def decode_natively(
+        self,
+        q: Tensor,
+        new: tuple[Tensor, Tensor],
+        step: AttentionStep,
+        scale: float,
+        out: Tensor,
+        codes: tuple[Tensor, Tensor | None] | None = None,
+        shape: DecodeShape | None = None,
+    ) -> None:
+        """`decode` by decode.cu, where that `fits`."""
+        k, v = new
+        kv_heads, sharing, block_size = self.keys.shape[1], self._sharing(q), self.keys.shape[2]
+        programs, width = step.decodes * kv_heads, self.table.shape[1]
+        shape = shape or decode_shape(programs, width * block_size, self.dim * self.keys.itemsize, sharing)
+        partials = extremes = None
+        if shape.splits > 1:
+            dims = (programs, shape.splits, sharing)
+            partials = torch.empty((*dims, self.dim), dtype=torch.float32, device=q.device)
+            extremes = torch.empty((*dims, 2), dtype=torch.float32, device=q.device)
+        q_norm, k_norm = self.rotation.q_norm or _UNCHANGED, self.rotation.k_norm or _UNCHANGED
+        args = (
+            q, k, v, *self.rotation.angles, q_norm.weight, k_norm.weight, self.keys, self.values, self.table,
+            step.lengths, self.sinks, out, *(codes or (None, None)), partials, extremes, step.counters,
+            float(scale), float(self.k_scale), float(self.v_scale),
+        )  # fmt: skip
+        constants = self.rotation.query_constants() | {
+            "KV_HEADS": kv_heads, "SHARING": sharing, "DIM": self.dim, "BYTES": self.keys.itemsize,
+            "HALF": q.dtype == torch.float16, "Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0),
+            "V_STRIDE": v.stride(0), "NORM_BYTES": 2 if q_norm.weight is None else q_norm.weight.itemsize,
+            "WIDTH": width, "BLOCK_SIZE": block_size, "WINDOW": self.window or 0,
+            "CHUNKED": self.chunked and self.window is not None, "CAP": float(self.softcap or 0),
+            "SPLIT": shape.splits > 1, "AT_LEAST": shape.at_least, "CODES": codes is not None,
+            "TILES": shape.tiles, "BLOCKS": shape.blocks,
+        }  # fmt: skip
+        grid = (kv_heads, step.decodes, shape.splits)
+        self.launch("cu.decode", grid, args, constants, shape.warps, stages=1, pdl=True)
 
     def prefill(
         self,

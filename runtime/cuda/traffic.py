@@ -128,15 +128,15 @@ class _Count(Launch):
             self.bytes[kernel] += int(sum(self.share.get(_storage(tensor), 1) * tensor.nbytes for tensor in given))
 
     def _with_cache(self, kernel: str, programs: int, given: Sequence[Tensor]) -> int:
-        """Bytes of a kernel that works on the KV cache: `attention.decode`, `attention.prefill`, or one that stores.
+        """Bytes of a kernel that works on the KV cache: `*.decode`, `attention.prefill`, or one that stores.
 
         Args:
-            programs: along the grid's first axis: a token each, but for `attention.prefill`.
+            programs: along the grid's first axis: of one that stores, a token each.
         """
         alone = [piece for piece in self._slices if len(piece.tokens) == 1]
         others = [piece for piece in self._slices if len(piece.tokens) > 1]
         tokens, cached = programs, sum(len(piece.tokens) for piece in self._slices)
-        if kernel == "attention.decode":
+        if kernel in ("attention.decode", "cu.decode"):
             cached = self._seen(alone)
         elif kernel in ("attention.prefill", "attention.store"):
             tokens = cached = sum(len(piece.tokens) for piece in others)

@@ -14,6 +14,7 @@
 // side.
 
 #define FETCHED ".L2::256B"  // an H100 was up to 6% faster
+#include "mma.cu"
 #include "common.cu"
 
 enum Input { plain, e4m3, codes };
@@ -30,45 +31,11 @@ static_assert(TOKENS % 8 == 0 && K % CHUNK == 0 && WARPS <= CHUNKS, "K");
 static_assert(TILES % PARTS == 0 && N % ROWS == 0, "N");
 static_assert((BYTES == 2) == (INPUT == plain), "INPUT");
 
-// c [16, 8] += a [16, 16] times b [16, 8]; of a, columns 2t and 2t + 1 of two rows, then 8 after these.
-__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#define MMA(TYPE)                                                                                                      \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                                         \
-        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                                   \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                               \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-    if (HALF || BYTES == 1)
-        MMA("f16");
-    else
-        MMA("bf16");
-}
-
 __device__ __forceinline__ unsigned word(uint4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// Two codes of e4m3, the lower or the upper half of a word, in fp16.
-__device__ __forceinline__ unsigned halves(unsigned word, int upper) {
-    unsigned v = 0;
-#if BYTES == 1
-    if (upper)
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}" : "=r"(v) : "r"(word));
-    else
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}" : "=r"(v) : "r"(word));
-#endif
-    return v;
-}
 
 // Columns 4 `step` and up, two and two, of a lane's 16 bytes of a weight.
 __device__ __forceinline__ unsigned operand(uint4 v, int step, int upper) {
     return BYTES == 1 ? halves(word(v, step), upper) : word(v, 2 * step + upper);
-}
-
-// Two numbers, rounded to e4m3, in fp16.
-__device__ __forceinline__ unsigned coded(float low, float high) {
-    unsigned short v = 0;
-#if BYTES == 1
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
-#endif
-    return halves(v, 0);
 }
 
 // x, residual and out are not __restrict__: a kernel that may still run when this one starts writes x and residual, and

@@ -36,7 +36,7 @@ def test_profile_of_the_cuda_backend(tmp_path):
         assert sum(row["percent"] for row in phase["rows"]) == pytest.approx(100)
         assert phase["rows"][-1]["kernel"] == "idle"
     decode = {row["kernel"]: row for row in phases["decode"]["rows"]}
-    assert {"cu.few", "attention.decode", "sampling.best"} <= decode.keys()
-    assert decode["attention.decode"]["calls"] == SMALL["num_hidden_layers"]
+    assert {"cu.few", "cu.decode", "sampling.best"} <= decode.keys()
+    assert decode["cu.decode"]["calls"] == SMALL["num_hidden_layers"]
     assert decode["cu.few"]["bandwidth_percent"] > 0
     assert phases["decode"]["tokens"] == 4 and 0 < phases["decode"]["roofline_percent"] < 100
