@@ -152,7 +152,7 @@ class CalibrationModel:
         for index in range(self.ops.spec.num_layers):
             x, delta = decoder.layer(index, x, delta, step)
         if "lm_head" in self.watched:
-            decoder.head(x, delta, step)
+            decoder.head(x, delta)
 
     @contextmanager
     def watching(self) -> Iterator[set[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,6 @@ from trtx.runtime.decoder import Decoder
 from trtx.runtime.ops.base import Value
 from trtx.runtime.ops.torch_ops import TorchOps, TorchStep
 from trtx.runtime.weights import WeightStore, kv_scales, load
-
-_Pair = tuple[Value, Value]
-"""The residual stream as the decoder carries it: x, and the delta that is not yet added."""
 
 _LOGIT_ROWS = 512
 """Positions whose logits are held at a time."""
@@ -143,22 +140,23 @@ def _step(decoder: Decoder, batch: Tensor) -> TorchStep:
     return step
 
 
-def _hidden(decoder: Decoder, batch: Tensor) -> _Pair:
-    """The residual stream after the last layer."""
+def _hidden(decoder: Decoder, batch: Tensor) -> Tensor:
+    """The residual stream after the last layer, [T, H]."""
     step = _step(decoder, batch)
     x, delta = decoder.embed(step), None
     for index in range(decoder.spec.num_layers):
         x, delta = decoder.layer(index, x, delta, step)
-    return x, delta
+    return x if delta is None else x + delta
 
 
-def _logits(pair: Sequence[Decoder], hidden: Sequence[_Pair], batch: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _logits(
+    pair: Sequence[Decoder], hidden: Sequence[Tensor], batch: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits [R, V] of both and the next tokens [R], a few positions at a time; no window's last position."""
     step = _step(pair[0], batch)
     places = torch.arange(batch.numel(), device=step.rows.device).view(batch.shape)
     for rows in places[:, :-1].flatten().split(_LOGIT_ROWS):
-        chosen = replace(step, rows=rows)
-        exact, approximate = (decoder.head(*state, chosen) for decoder, state in zip(pair, hidden, strict=True))
+        exact, approximate = (decoder.head(x[rows], None) for decoder, x in zip(pair, hidden, strict=True))
         yield exact, approximate, step.token_ids[rows + 1]
 
 

@@ -40,14 +40,10 @@ class Decoder:
 
     def forward(self, step: Step) -> Value:
         """Logits [R, V] of the step's rows that want them."""
-        return self.head(*self.body(step), step)
-
-    def body(self, step: Step) -> tuple[Value, Value | None]:
-        """All layers: the residual stream as a pair."""
         x, delta = self.embed(step), None
         for index in range(self.spec.num_layers):
-            x, delta = self.layer(index, x, delta, step)
-        return x, delta
+            x, delta = self.layer(index, x, delta, step, narrow=index == self.spec.num_layers - 1)
+        return self.head(x, delta)
 
     def embed(self, step: Step) -> Value:
         """Token ids → [T, H]."""
@@ -59,13 +55,22 @@ class Decoder:
             x = ops.add(x, ops.embed_positions(step, w["positions"]))
         return ops.norm(x, w["embed_norm"]) if spec.embedding_norm else x
 
-    def layer(self, index: int, x: Value, delta: Value | None, step: Step) -> tuple[Value, Value | None]:
-        """One layer on the residual stream x + delta, [T, H] each; returns the new pair."""
+    def layer(
+        self, index: int, x: Value, delta: Value | None, step: Step, narrow: bool = False
+    ) -> tuple[Value, Value | None]:
+        """One layer on the residual stream x + delta, [T, H] each; returns the new pair.
+
+        Args:
+            narrow: go on with the rows that want logits, [R, H], once keys and values of all are cached: behind the
+                last layer nobody reads others.
+        """
         ops, w = self.ops, self.layers[index]
 
         x, h = self._enter(x, delta, w["attn_norm"])
-        attended = self.attention(index, h, step)
+        attended = self.attention(index, h, step, narrow)
+        x = ops.rows(x, step) if narrow else x
         if self.spec.parallel != "no":
+            h = ops.rows(h, step) if narrow else h
             if w["mlp_norm"] is not None:
                 h = ops.norm(x, w["mlp_norm"])
             return self._leave(x, ops.all_reduce(ops.add(attended, self.mlp(index, h))), None, None)
@@ -74,19 +79,24 @@ class Decoder:
         x, h = self._enter(x, delta, w["mlp_norm"])
         return self._leave(x, ops.all_reduce(self.mlp(index, h)), w["mlp_norm"], w["mlp_out_norm"])
 
-    def attention(self, index: int, h: Value, step: Step) -> Value:
-        """[T, H] → [T, H], to be summed over the ranks."""
+    def attention(self, index: int, h: Value, step: Step, narrow: bool = False) -> Value:
+        """[T, H] → [T, H], or [R, H] if `narrow`; to be summed over the ranks."""
+        attended = self._attended(index, h, step)
+        return self.ops.project(self.ops.rows(attended, step) if narrow else attended, self.layers[index]["attn.o"])
+
+    def _attended(self, index: int, h: Value, step: Step) -> Value:
+        """[T, H] → what the heads give, [T, heads * value_dim]."""
         ops, spec, w = self.ops, self.spec, self.layers[index]
         if spec.latent:
-            return self._latent_attention(index, h, step)
+            return self._latent_attended(index, h, step)
         q, k, v = ops.linears(h, w["attn.qkv"])
         if spec.qkv_clip is not None:
             q, k, v = (ops.clamp(part, -spec.qkv_clip, spec.qkv_clip) for part in (q, k, v))
         if spec.qk_norm == "width":
             q, k = ops.norm(q, w["attn.q_norm"]), ops.norm(k, w["attn.k_norm"])
-        return ops.project(ops.attend(q, k, v, index, step, self.heads[index]), w["attn.o"])
+        return ops.attend(q, k, v, index, step, self.heads[index])
 
-    def _latent_attention(self, index: int, h: Value, step: Step) -> Value:
+    def _latent_attended(self, index: int, h: Value, step: Step) -> Value:
         ops, spec, w = self.ops, self.spec, self.layers[index]
         *compressed, latent, k_rope = ops.linears(h, w["attn.qkv_a"])
         if compressed:
@@ -97,8 +107,7 @@ class Decoder:
         if rope := spec.rope_of(index):
             q, k_rope = ops.rope(q, rope, step), ops.rope(k_rope, rope, step)
         latent = ops.norm(latent, w["attn.latent_norm"])
-        attended = ops.latent_attention(q, latent, k_rope, w["attn.k_up"], w["attn.v_up"], index, step)
-        return ops.project(attended, w["attn.o"])
+        return ops.latent_attention(q, latent, k_rope, w["attn.k_up"], w["attn.v_up"], index, step)
 
     def mlp(self, index: int, h: Value) -> Value:
         """[T, H] → [T, H], to be summed over the ranks."""
@@ -114,11 +123,10 @@ class Decoder:
             y = ops.add(y, shared)
         return y
 
-    def head(self, x: Value, delta: Value | None, step: Step) -> Value:
-        """The residual stream → logits [R, V]."""
+    def head(self, x: Value, delta: Value | None) -> Value:
+        """The residual stream, [R, H] → logits [R, V]."""
         ops, spec, w = self.ops, self.spec, self.top
-        delta = None if delta is None else ops.rows(delta, step)
-        _, h = self._enter(ops.rows(x, step), delta, w["final_norm"])
+        _, h = self._enter(x, delta, w["final_norm"])
         if "embed_out" in w:
             h = ops.linear(h, w["embed_out"])
         logits = ops.all_gather(ops.linear(h, w["lm_head"]))

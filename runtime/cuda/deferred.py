@@ -7,7 +7,7 @@ linear can add it to the residual stream. Whoever can make no use of it asks for
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -57,12 +57,6 @@ class Product:
     def added(self, to: Tensor) -> Tensor:
         """The sum with `to` [T, N], which is overwritten."""
         return linear.linear(self.launch, self.x, self.weight, to)
-
-    def rows(self, index: Tensor) -> Product:
-        """Only some rows."""
-        if isinstance(self.x, Codes):
-            return replace(self, x=self.x.rows(index))
-        return replace(self, x=self.x.index_select(0, index))
 
 
 def value(x: Any) -> Any:

@@ -214,11 +214,6 @@ class Codes:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def rows(self, index: Tensor) -> Codes:
-        """Only some rows."""
-        some = self.codes.view(torch.uint8).index_select(0, index)
-        return Codes(some.view(self.codes.dtype), self.dtype)
-
 
 def linear(launch: Launch, x: Tensor | Codes, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
     """x [M, K] times the weight, plus its bias → [M, N].
@@ -293,23 +288,21 @@ def quantize(launch: Launch, x: Tensor, w: CudaLinear) -> tuple[Tensor, Tensor |
 def _linear(
     launch: Launch, x: Tensor | Codes, w: CudaLinear, activation: Activation | None, add_to: Tensor | None
 ) -> Tensor:
-    if isinstance(x, Tensor):
-        x = x.contiguous()
-        if w.rounding is not None:
-            x = w.rounding.activation(x, w.tensors)
+    if isinstance(x, Codes):
+        return _product_of_codes(launch, x, None, w, add_to)
+    x = x.contiguous()
+    if w.rounding is not None:
+        x = w.rounding.activation(x, w.tensors)
     m, n = len(x), w.out_features // (1 if activation is None else 2)
     if m > most_tokens(w, x.dtype, activation is not None):
         return _product(launch, x, w, add_to)
     out = w.counters.new_empty(m, n, dtype=x.dtype) if add_to is None else add_to
     constants = {"N": n, "K": w.in_features, "SCALE": w.way.scale, **_activation(activation)}
     x_scale, given = None, w.way.input
-    if isinstance(x, Codes):  # fewer rows than they were made for
-        assert w.scales is not None
-        x, x_scale, given = x.codes, w.scales[1:].repeat(m), "codes"
-    elif w.words:
+    if w.words:
         _multiply_words(launch, x, w, add_to, out, constants)
         return out
-    elif w.way.input == "by token":
+    if w.way.input == "by token":
         x, x_scale = quantize(launch, x, w)
         given = "codes"
     smooth = None if given == "codes" else w.smooth
@@ -579,10 +572,8 @@ def _partials(shape: Skinny, tiles: int, parts: int, w: CudaLinear) -> Tensor | 
     return w.counters.new_empty(tiles * shape.splits * parts * shape.rows * shape.tokens, dtype=torch.float32)
 
 
-def _product(launch: Launch, x: Tensor | Codes, w: CudaLinear, add_to: Tensor | None) -> Tensor:
+def _product(launch: Launch, x: Tensor, w: CudaLinear, add_to: Tensor | None) -> Tensor:
     """x times the weight, for many tokens: by cuBLASLt, or by torch where that is not there or refuses."""
-    if isinstance(x, Codes):
-        return _product_of_codes(launch, x, None, w, add_to)
     if w.way.input == "plain" or w.words or w.weight.dtype == x.dtype:
         given = x if w.smooth is None else quantize(launch, x, w)[0]
     else:

@@ -215,9 +215,7 @@ class CudaOps(TorchOps):
         )
 
     def rows(self, x: Value, step: Any) -> Value:
-        if step.rows is None:
-            return x
-        return x.rows(step.rows) if isinstance(x, Product) else value(x).index_select(0, step.rows)
+        return x if step.rows is None else value(x).index_select(0, step.rows)
 
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin of every position, [max_positions, rope.dim / 2] in fp32."""

@@ -212,7 +212,8 @@ class StepMaker:
         counts = [len(piece.tokens) for piece in batch]
         decodes = _decodes(batch)
         tiles = len(tiles_of(counts, decodes, self.tile))
-        return Shape(sum(counts), len(batch), sum(piece.logits for piece in batch), tiles, decodes)
+        rows = max(1, sum(piece.logits for piece in batch))  # kernels are not launched for nothing
+        return Shape(sum(counts), len(batch), rows, tiles, decodes)
 
     def step(self, shape: Shape, token_ids: Tensor) -> CudaStep:
         """A step whose numbers `fill` or `fill_decodes` sends; its tokens will stand at `token_ids`."""

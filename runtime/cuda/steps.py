@@ -113,9 +113,6 @@ class Steps:
         """Launch the kernels of a step whose numbers have been sent."""
         launch, step = self._ops.launch, self._makers[kind].step(shape, self._ids)
         resolve(launch, self._inputs[kind], shape.tokens, self._chosen[0], self._ids)
-        if shape.rows == 0:
-            self._decoder.body(step)
-            return self._logits[:0]
         logits = self._decoder.forward(step)
         sampling.greedy(launch, logits, out=self._chosen)
         return logits

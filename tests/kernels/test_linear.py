@@ -157,17 +157,6 @@ def test_codes_of_norms_and_activations(launch: Launch, device: torch.device, fo
     assert found.dtype == x.dtype and torch.equal(found.codes.float(), wanted.float())
 
 
-@pytest.mark.parametrize("form", ["fp8", "w4a8_awq"])
-def test_few_codes(launch: Launch, device: torch.device, form: str) -> None:
-    """Rows of what was made for many tokens."""
-    weight = stored(FORMATS[form], 48, 192, torch.bfloat16, device)
-    w, x = resident(weight, torch.bfloat16), torch.randn(20, 192).to(device, torch.bfloat16)
-    codes = linear.Codes(linear.quantize(launch, x, w)[0], x.dtype)
-    for index in ([3], [0, 17, 5]):
-        some = torch.tensor(index, device=device)
-        assert_close(linear.linear(launch, codes.rows(some), w), exact(x[some], weight), x.dtype)
-
-
 def test_not_a_number(launch: Launch, device: torch.device) -> None:
     for form in ("none", "fp8"):
         weight = stored(FORMATS[form], 16, 64, torch.bfloat16, device)
