@@ -205,7 +205,7 @@ def test_a_step_is_padded_to_the_smallest_shape_that_takes_it(checkpoint, launch
     kind, found = shape((9, 1), (8, 0))
     assert kind == "chunks" and (found.tokens, found.sequences, found.rows) == (32, 8, 8)
     assert shape((1, 1), (8, 1)) == ("mixed", Shape(16, 16, 8, 16 // steps._makers["mixed"].tile + 8, 8))
-    assert shape((1, 0))[0] == "mixed", "nothing wants logits of it"
+    assert shape((1, 0)) == ("decodes", Shape.of_decodes(1)), "its logits are computed for nobody"
     for lengths in ([16], [15, 1 + 15], [5] * 8, [2] * 8, [64]):
         exact = steps._makers["mixed"].shape_of([SequenceSlice([1] * n, 0, ([1],), 1) for n in lengths])
         kind, found = shape(*[(n, 1) for n in lengths])
