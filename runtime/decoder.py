@@ -70,9 +70,10 @@ class Decoder:
         attended = self.attention(index, h, step, narrow)
         x = ops.rows(x, step) if narrow else x
         if self.spec.parallel != "no":
-            h = ops.rows(h, step) if narrow else h
             if w["mlp_norm"] is not None:
                 h = ops.norm(x, w["mlp_norm"])
+            elif narrow:
+                h = ops.rows(h, step)
             return self._leave(x, ops.all_reduce(ops.add(attended, self.mlp(index, h))), None, None)
         x, delta = self._leave(x, ops.all_reduce(attended), w["attn_norm"], w["attn_out_norm"])
 

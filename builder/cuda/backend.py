@@ -9,7 +9,7 @@ T tokens of a step, e bytes of the compute dtype, H the hidden size. A step of t
 - of formats that cuBLAS does not multiply, a weight in the compute dtype; codes in fp32 where torch rounds the input.
 
 Steps that are captured in graphs keep the memory of the largest for themselves: it comes on top, and so do the logits
-of mixed ones.
+of each, but for mixed ones, which share theirs.
 """
 
 from __future__ import annotations
@@ -140,11 +140,13 @@ class CudaBackend(Backend):
         return weight_bytes(sizing.model, tokens)
 
     def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
-        from trtx.runtime.cuda.shapes import CHUNKS, MIXED
+        from trtx.runtime.cuda.shapes import Shapes
 
-        captured = max(sizing.max_batch_size, min(max(CHUNKS[-1], MIXED[-1]), sizing.max_num_tokens))
+        shapes = Shapes.of(sizing.max_batch_size, sizing.max_num_tokens, tile=1)
+        captured = max(shape.tokens for _, shape in shapes)
         steps = sum(self._step_bytes(sizing, shard, tokens) for tokens in (sizing.max_num_tokens, captured))
-        return steps + sizing.max_batch_size * shard.spec.vocab_size * ITEMSIZE[sizing.compute_dtype]
+        kept = sum(shape.rows or shape.tokens for shape in (*shapes.decodes, *shapes.chunks)) + sizing.max_batch_size
+        return steps + kept * shard.spec.vocab_size * ITEMSIZE[sizing.compute_dtype]
 
     def table_bytes(self, sizing: Sizing) -> int:
         return 4 * sizing.max_seq_len * sum(rope.dim for rope in sizing.model.spec.ropes)

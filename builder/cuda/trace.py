@@ -28,8 +28,12 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
     """The kernels of an engine of these dimensions, in the order of their first use; arguments as of `recorded`."""
     launch, steps = recorded(sizing, layout, checkpoint)
     with torch.inference_mode():
+        mixed = steps.shapes.mixed
+        tokens = max((shape.tokens for shape in mixed), default=0)
+        decodes = max((shape.decodes for shape in mixed), default=0)
         for kind, shape in steps.shapes:
-            steps.compute(kind, shape)
+            if kind != "mixed" or shape.tokens == tokens or shape.decodes == decodes:
+                steps.compute(kind, shape)
         for kind in ("decodes", "mixed"):
             steps.publish(kind, 1)
         for count in _counts(sizing.max_num_tokens):

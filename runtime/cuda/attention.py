@@ -18,7 +18,10 @@ from trtx.quantize.formats import E4M3
 from trtx.runtime.cuda.launch import H100_SHARED, CodeScales, Constant, Launch, power_of_two
 from trtx.runtime.ops.torch_attention import alibi_bias
 
-_PROGRAMS = 4 * 132
+_MULTIPROCESSORS = 132
+"""Of an H100."""
+
+_PROGRAMS = 4 * _MULTIPROCESSORS
 """How many programs of a decode step are wanted: enough to keep every multiprocessor of an H100 busy, twice over."""
 
 
@@ -41,8 +44,8 @@ class AttentionStep:
         tables: per KV group [B, W], the block of each `block_size` positions.
         tiles: [N, 2], prefill work: a sequence and the first of a tile's tokens among its new ones, as `tiles_of`
             lists them; (-1, 0): nothing to do.
-        decodes: the first so many sequences have one token each, which come first, or none: the tokens of the others
-            follow those that there are.
+        decodes: the first so many sequences are single tokens; some may be padding, of length 0 and without a token.
+            The tokens of the others follow.
         counters: [B * heads] or more, zeros; kernels leave them so.
     """
 
@@ -175,7 +178,7 @@ def decode_tiling(
         return Tiling(rows, min(256, (1 << 15) // width), 8, 2)
     if rows == 16 and width <= 128:
         return Tiling(rows, 32, 1, 3)
-    stages = 2 if programs < _PROGRAMS // 4 else 5
+    stages = 2 if programs < _MULTIPROCESSORS else 5
     return Tiling(rows, 32, 4, stages) if width > 128 else Tiling(rows, 64, 4, stages)
 
 
@@ -201,11 +204,11 @@ def decode_shape(programs: int, longest: int, row_bytes: int, sharing: int) -> D
     Few programs are split until each multiprocessor has one, which takes all of its registers; of many, several share
     one, so that some load while others begin or end, and only long sequences are split.
     """
-    if programs > _PROGRAMS // 8:
+    if programs > _MULTIPROCESSORS // 2:
         tiles = 2 if row_bytes <= 128 and sharing <= 8 else 1
         return DecodeShape(tiles, 4, 3 if sharing <= 8 else 2, min(4, -(-longest // _LONG)), _LONG // (16 * tiles))
     tiles, warps = (2, 8) if sharing <= 8 else (1, 4)
-    splits = min(_PROGRAMS // 4 // programs, -(-longest // (16 * tiles * warps)))
+    splits = min(_MULTIPROCESSORS // programs, -(-longest // (16 * tiles * warps)))
     return DecodeShape(tiles, warps, 1 if sharing <= 8 else 2, splits, warps)
 
 
@@ -504,7 +507,7 @@ class CachedAttention:
         have to wait for.
         """
         longest = self.table.shape[1] * self.keys.shape[2]
-        if programs >= _PROGRAMS // 4:
+        if programs >= _MULTIPROCESSORS:
             return min(4, -(-longest // _LONG)), _LONG // tiling.keys
         return min(power_of_two(_PROGRAMS // programs + 1) // 2, -(-longest // tiling.keys)), 1
 

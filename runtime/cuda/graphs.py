@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 class Graphs:
     """Captures what one stream computes, one graph at a time; all of them work in the same memory.
 
-    So a graph's results last until another one is replayed, but for those that its caller keeps a reference to.
+    So a graph's results last until another one is replayed.
     """
 
     def __init__(self) -> None:
@@ -28,8 +29,11 @@ class Graphs:
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 result = compute()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture is worth nothing
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
         def replay() -> Tensor:
             graph.replay()

@@ -212,7 +212,7 @@ class StepMaker:
         counts = [len(piece.tokens) for piece in batch]
         decodes = _decodes(batch)
         tiles = len(tiles_of(counts, decodes, self.tile))
-        rows = max(1, sum(piece.logits for piece in batch))  # kernels are not launched for nothing
+        rows = max(1, sum(piece.logits for piece in batch))  # no kernel is launched for none
         return Shape(sum(counts), len(batch), rows, tiles, decodes)
 
     def step(self, shape: Shape, token_ids: Tensor) -> CudaStep:

@@ -1,8 +1,8 @@
-"""The steps of an engine: as CUDA graphs, but for those of very many tokens, which are launched kernel by kernel.
+"""The steps of an engine, as CUDA graphs where they are captured for a shape that a step can be padded to.
 
-A graph is captured for each of a few shapes (`runtime.cuda.shapes`); a step is padded to the next one. Decodes and
-prefills are captured when an engine is loaded, mixed steps when they come. Tokens stay on the GPU: the next step finds
-there what this one chose, and the host reads a step's tokens while the next one is computed.
+Those shapes are few (`runtime.cuda.shapes`). Decodes and prefills are captured when an engine is loaded, mixed steps
+when they come, behind the first of a shape; others are launched kernel by kernel. Tokens stay on the GPU: the next step
+finds there what this one chose, and the host reads a step's tokens while the next one is computed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Steps:
         self._replays: dict[Shape, Callable[[], Tensor]] = {}
 
     def capture(self, graphs: Graphs) -> None:
-        """Capture decodes and prefills, the largest first: the others fit into its memory; from now on mixed steps."""
+        """Capture decodes and prefills now, the largest first, into whose memory the others fit; mixed ones later."""
         shapes = [(kind, shape) for kind, shape in self.shapes if kind != "mixed"]
         for kind, shape in sorted(shapes, key=lambda known: known[1].tokens, reverse=True):
             self._makers[kind].fill_nothing(shape)
@@ -151,7 +151,10 @@ class Steps:
         logits = self.compute(kind, shape)
         if self._graphs and self._mixed_left and shape in self._mixed:
             self._mixed_left -= 1
-            self._replays[shape] = self._graphs.capture(partial(self._compute_mixed, shape))
+            try:
+                self._replays[shape] = self._graphs.capture(partial(self._compute_mixed, shape))
+            except torch.OutOfMemoryError:  # somebody else takes what the ledger counted on
+                self._mixed_left = 0
         return logits
 
     def _compute_mixed(self, shape: Shape) -> Tensor:

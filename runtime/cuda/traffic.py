@@ -105,7 +105,7 @@ class _Count(Launch):
         self.share: dict[int, float] = {}
         self.uncounted: set[int] = set()
         self._slices: Sequence[SequenceSlice] = ()
-        self._layer = self._tokens = 0
+        self._layer = self._tokens = self._decodes = 0
 
     def begin(self, slices: Sequence[SequenceSlice]) -> None:
         """Count a step of these slices."""
@@ -115,7 +115,7 @@ class _Count(Launch):
     def attends(self, layer: int, step: CudaStep) -> None:
         """The launches that follow are those of a layer's attention."""
         attention = step.attention
-        self._layer, self._tokens = layer, len(step.token_ids)
+        self._layer, self._tokens, self._decodes = layer, len(step.token_ids), attention.decodes
         self.uncounted.update(map(_storage, [*attention.tables, attention.counters]))
 
     def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
@@ -137,7 +137,7 @@ class _Count(Launch):
         others = [piece for piece in self._slices if len(piece.tokens) > 1]
         tokens, cached = programs, sum(len(piece.tokens) for piece in self._slices)
         if kernel in ("attention.decode", "cu.decode"):
-            cached = self._seen(alone)
+            tokens, cached = self._decodes, self._seen(alone)
         elif kernel in ("attention.prefill", "attention.store"):
             tokens = cached = sum(len(piece.tokens) for piece in others)
         if kernel == "attention.prefill":

@@ -1,6 +1,6 @@
-// `decode` of attention.py for up to 16 query heads a key head, in bf16 or fp16, and a cache in their dtype or in e4m3:
-// the last token of each sequence attends to all that is cached of it, and to itself. Arguments are those of the kernel
-// there, but for what this one does not know: biases of norms, ALiBi.
+// `decode` of attention.py for up to 16 query heads a key head of up to 128 features, in bf16 or fp16, and a cache in
+// their dtype or in e4m3: the last token of each sequence attends to all that is cached of it, and to itself. Arguments
+// are those of the kernel there, but for what this one does not know: LayerNorm and biases of norms, ALiBi, latents.
 //
 // Keys and values go from memory to registers to tensor cores, where both are mma's A: [keys, features] times the
 // queries, heads being the columns of B, then [features, keys] times the weights. Nothing is rearranged but weights: a
@@ -293,11 +293,11 @@ decode(const unsigned short* q, const unsigned short* k, const unsigned short* v
 #pragma unroll
         FIND(start);
     }
-    const int last = max(length - 1, 0), end = last;
+    const int last = max(length - 1, 0);
     const int first_seen = CHUNKED ? last / max(WINDOW, 1) * WINDOW : WINDOW ? max(length - WINDOW, 0) : 0;
     int shares = 1;
     if (SPLIT) {
-        const int tiles = (end + KEYS - 1) / KEYS - first_seen / KEYS;
+        const int tiles = (last + KEYS - 1) / KEYS - first_seen / KEYS;
         shares = max(min((tiles + AT_LEAST - 1) / AT_LEAST, (int)gridDim.z), 1);
         if (share >= shares) return;
     }
@@ -314,7 +314,7 @@ decode(const unsigned short* q, const unsigned short* k, const unsigned short* v
 #define PLACE(position)                                                                                                \
     for (int i = 0; i < SIDES; i++)                                                                                    \
         at[i] = (((long long)found[i] * KV_HEADS + head) * BLOCK_SIZE + ((position) + i * SIDE) % BLOCK_SIZE) * ROW
-#define THERE(p) ((p) < end && (!WINDOW || (p) >= first_seen))
+#define THERE(p) ((p) < last && (!WINDOW || (p) >= first_seen))
 #define ROW_OF(i, eight, row) (at[(16 * (i) + 8 * (eight)) / SIDE] + ((16 * (i) + 8 * (eight)) % SIDE + (row)) * ROW)
 #define LOAD_KEYS(i, position)                                                                                         \
     for (int h = 0; h < 2; h++)                                                                                        \
@@ -444,7 +444,7 @@ decode(const unsigned short* q, const unsigned short* k, const unsigned short* v
     }
 
 #pragma unroll 1
-    for (; start < end; start += stride) {
+    for (; start < last; start += stride) {
         const int next = start + stride;
 #pragma unroll
         PLACE(next);
@@ -459,7 +459,7 @@ decode(const unsigned short* q, const unsigned short* k, const unsigned short* v
                 for (int e = 0; e < EIGHTS; e++) multiply(scores[i][e], a, query[e][step]);
             }
         }
-        if (next < end) {  // as a branch, so that ptxas does not put the loads behind the softmax
+        if (next < last) {  // as a branch, so that ptxas does not put the loads behind the softmax
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
 #pragma unroll

@@ -21,12 +21,14 @@ sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/
 formats='[fp8- or [fp8_pc_pt- or [int8_wo- or [int8_sq- or [int4_awq- or [nvfp4_wo-'
 elementwise='test_elementwise.py and bfloat16 and (test_add_norm[5 or test_embed[48 or test_activation[silu)'
 sampling='test_sampling.py and ((test_greedy[5003 and bfloat16) or test_draws or test_penalties)'
-native='(test_gemv4.py and (test_products[64- or test_gated[silu)) or (test_few.py and (test_codes or test_gated[silu))'
+native='(test_gemv4.py and (test_products[64- or test_gated[silu)) or (test_few.py and (bfloat16-48- or test_gated[silu))'
+decodes='(test_lengths and (8-2-128-32 or 3-3-80-8)) or test_rotation[128-128-first or test_window[32 or test_soft_cap'
 groups=(
     "test_linear.py and test_formats[ and ($formats)"
     'test_linear.py and (test_shared_tiles or test_few or test_gated[silu)'
     'test_attention.py and (bfloat16 or test_of_many or (TestDecode and test_window) or test_e4m3_cache)'
     'test_experts.py and (test_route[2 or (test_experts[ and silu and bfloat16) or test_many or test_pairs)'
+    "test_decode.py and ($decodes or test_codes)"
     "test_cuda_ops.py and [llama] or ($elementwise) or ($sampling) or ($native)"
 )
 
@@ -35,7 +37,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for index in "${!groups[@]}"; do
     "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 86 "${PYTHON:-python3}" -m pytest -m '' \
-        -p no:cacheprovider -k "${groups[index]}" tests/kernels tests/gpu/test_gemv4.py tests/gpu/test_few.py "$@" \
+        -p no:cacheprovider -k "${groups[index]}" tests/kernels tests/gpu/test_{gemv4,few,decode}.py "$@" \
         >"$folder/$index" 2>&1 &
     running[index]=$!
 done

@@ -97,15 +97,6 @@ def test_gated(launch: Launch, device: torch.device, activation: Activation, for
             assert_close(found, gate(exact(x, weight), activation), FP16)
 
 
-@pytest.mark.parametrize("m", [2, 9])
-def test_codes(launch: Launch, device: torch.device, m: int) -> None:
-    """Rows of what was made for many tokens: the same as from x."""
-    weight = weight_of(device, "fp8", 64, 1024, BF16)
-    w, x = resident(weight, BF16), torch.randn(m, 1024).to(device, BF16)
-    codes = linear.Codes((x.float() / STEP).clamp(-448, 448).to(E4M3), BF16)
-    assert torch.equal(linear.linear(launch, codes, w), linear.linear(launch, x, w))
-
-
 @pytest.mark.parametrize("form", ["none", "fp8"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_not_a_number(launch: Launch, device: torch.device, form: str, number: float) -> None:

@@ -413,7 +413,9 @@ def test_random_histories_of_steps(seed, busy, launch, device, monkeypatch):
     assert len(runner.graphs.captured) <= most and (runner.graphs.replayed or batch == 1 or most == 1)
 
 
-def test_graphs_are_captured_from_the_largest_to_the_smallest(launch, monkeypatch):
+def test_graphs_are_captured_from_the_largest_to_the_smallest(launch, device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("the model is of the CPU")
     limits = Limits(max_batch_size=6, max_num_tokens=40, max_seq_len=48, kv_block_size=8, kv_blocks=9, kv_dtype="fp32")
     runner = HashingRunner(limits, launch, monkeypatch)
     steps, captured = runner.steps, runner.graphs.captured

@@ -61,6 +61,14 @@ def test_an_engine_made_with_nvrtc_has_kernels_in_cuda():
     assert "linear.skinny" not in native and "cu.few" not in triton
 
 
+@pytest.mark.parametrize("contexts", [(100,), (100, 200), (50,) * 8])
+def test_attention_in_cuda_reads_what_triton_s_does(contexts):
+    of_triton, of_native = (
+        traffic(versions=versions).of_step(decodes(*contexts)) for versions in ({}, {"nvrtc": "13"})
+    )
+    assert of_native["cu.decode"] == of_triton["attention.decode"] > sum(contexts) * LAYERS * KV * 2
+
+
 @pytest.mark.parametrize(("kv_dtype", "size"), [("bf16", 2), ("fp8", 1)])
 def test_attention_reads_what_is_cached_of_its_sequences(kv_dtype, size):
     """Five sequences run as eight, of which three have nothing to read."""
