@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -97,22 +96,14 @@ def test_engine_of_a_machine_without_a_gpu(tmp_path):
     assert run_alone(SHIPPED / "engine", prompts) == run_alone(tmp_path / "engine", prompts)
 
 
-def test_smollm2_gives_the_cpu_s_tokens(smollm2, smollm2_reference, tmp_path, record_property):
-    """fp32: 64 greedy tokens on 20 prompts; memory as the ledger said."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info()[0]
+def test_smollm2_gives_the_cpu_s_tokens(smollm2, smollm2_reference, tmp_path):
+    """fp32: 64 greedy tokens on 20 prompts."""
     engine = engine_of(smollm2, tmp_path / "engine", gpu="auto", backend="cuda", dtype="fp32", max_seq_len=256)
     llm = LLM(engine)
     tokenizer = Tokenizer.load(smollm2)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
         assert_greedy(smollm2_reference, prompt, completion.token_ids)
-    ledger = llm.config.ledger
-    purposes = ("weights", "kv_cache", "activations", "rope_tables", "workspace")
-    record_property(
-        "memory_used_of_the_ledger", (before - torch.cuda.mem_get_info()[0]) / sum(map(ledger.get, purposes))
-    )
 
 
 def test_long_prefills_from_graphs_give_the_same_tokens(smollm2, smollm2_reference, tmp_path):

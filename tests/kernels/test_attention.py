@@ -325,8 +325,8 @@ class TestDecode:
     def test_of_many_sequences_only_long_ones_are_split(
         self, launch: Launch, device: torch.device, monkeypatch: pytest.MonkeyPatch, long: int
     ) -> None:
-        monkeypatch.setattr("trtx.runtime.cuda.attention._PROGRAMS", 4)
-        monkeypatch.setattr("trtx.runtime.cuda.attention._LONG", long)
+        for name, value in {"_MULTIPROCESSORS": 1, "_PROGRAMS": 4, "_LONG": long}.items():
+            monkeypatch.setattr(f"trtx.runtime.cuda.attention.{name}", value)
         w = world(device, torch.float32, [5, 140, 64], [1, 1, 1])
         q = queries(w, torch.float32, device)
         check(run(launch, w, q), expected_attention(w, q, 64**-0.5), torch.float32)
