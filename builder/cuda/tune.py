@@ -40,6 +40,9 @@ SECONDS = 60.0
 CANDIDATES = 16
 """Algorithms that are timed for a product."""
 
+NEAR = 4
+"""The most of them, the fastest, that are timed more than once."""
+
 GAIN = 0.99
 """The heuristic's time, times this, is what another algorithm has to beat."""
 
@@ -198,7 +201,8 @@ def choose(stopwatch: Stopwatch, problem: Problem) -> Tuned | None:
     heavy = 2 * problem.m * problem.n * problem.k > HEAVY
     clock, turns, apart = (stopwatch.loaded_seconds, 2, 1.08) if heavy else (stopwatch.seconds, 7, 1.05)
     first, limit = next(iter(graphs)), apart * min(once.values())
-    near = [algorithm for algorithm in graphs if algorithm is first or once[algorithm] < limit]
+    ahead = sorted((algorithm for algorithm in graphs if once[algorithm] < limit), key=lambda it: once[it])[:NEAR]
+    near = ahead if first in ahead else [first, *ahead]
     if heavy:
         clock(graphs[first])  # so that the first to be timed is no better off
     rounds = [[clock(graphs[algorithm]) for algorithm in near] for _ in range(turns)]

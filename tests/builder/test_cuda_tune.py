@@ -214,6 +214,13 @@ def test_algorithms_that_are_far_off_are_timed_once():
     assert [stopwatch.asked.count(number) for number in range(4)] == [8, 1, 8, 8]
 
 
+def test_few_algorithms_are_timed_again():
+    """The four fastest, and the heuristic's."""
+    stopwatch = FakeStopwatch(FakeProducts([1.04, 1.03, 1.02, 1.01, 1.0, 1.005]))
+    choose(stopwatch, ASKED)
+    assert [stopwatch.asked.count(number) for number in range(6)] == [8, 1, 8, 8, 8, 8]
+
+
 def test_heavy_products_are_compared_under_load():
     """Those that are near when timed once: the last one is not."""
     stopwatch = FakeStopwatch(FakeProducts([1.0, 0.95, 0.97, 2.0]), loaded=[1.2, 1.3, 1.1, 0.1])
