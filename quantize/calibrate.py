@@ -148,9 +148,7 @@ class CalibrationModel:
     def observe(self, token_ids: Tensor) -> None:
         """Run token_ids [B, S] through every watched linear; logits are computed only if lm_head is watched."""
         step, decoder = self.ops.uncached_step(token_ids), self.decoder
-        x, delta = decoder.embed(step), None
-        for index in range(self.ops.spec.num_layers):
-            x, delta = decoder.layer(index, x, delta, step)
+        x, delta = decoder.body(step)
         if "lm_head" in self.watched:
             decoder.head(x, delta)
 

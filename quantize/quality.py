@@ -142,10 +142,7 @@ def _step(decoder: Decoder, batch: Tensor) -> TorchStep:
 
 def _hidden(decoder: Decoder, batch: Tensor) -> Tensor:
     """The residual stream after the last layer, [T, H]."""
-    step = _step(decoder, batch)
-    x, delta = decoder.embed(step), None
-    for index in range(decoder.spec.num_layers):
-        x, delta = decoder.layer(index, x, delta, step)
+    x, delta = decoder.body(_step(decoder, batch))
     return x if delta is None else x + delta
 
 

@@ -40,10 +40,14 @@ class Decoder:
 
     def forward(self, step: Step) -> Value:
         """Logits [R, V] of the step's rows that want them."""
+        return self.head(*self.body(step, narrow=True))
+
+    def body(self, step: Step, narrow: bool = False) -> tuple[Value, Value | None]:
+        """All layers: the residual stream as a pair, of the step's tokens, or of the rows that want logits."""
         x, delta = self.embed(step), None
         for index in range(self.spec.num_layers):
-            x, delta = self.layer(index, x, delta, step, narrow=index == self.spec.num_layers - 1)
-        return self.head(x, delta)
+            x, delta = self.layer(index, x, delta, step, narrow and index == self.spec.num_layers - 1)
+        return x, delta
 
     def embed(self, step: Step) -> Value:
         """Token ids → [T, H]."""

@@ -37,6 +37,7 @@ from trtx.quantize.weight import LinearWeight
 
 if TYPE_CHECKING:
     from trtx.converters.artifact import Draft
+    from trtx.runtime.cuda.shapes import Shapes
     from trtx.runtime.weights import WeightStore
 
 _MIB = 1 << 20
@@ -140,9 +141,7 @@ class CudaBackend(Backend):
         return weight_bytes(sizing.model, tokens)
 
     def activation_bytes(self, sizing: Sizing, shard: Shard) -> int:
-        from trtx.runtime.cuda.shapes import Shapes
-
-        shapes = Shapes.of(sizing.max_batch_size, sizing.max_num_tokens, tile=1)
+        shapes = _shapes(sizing)
         captured = max(shape.tokens for _, shape in shapes)
         steps = sum(self._step_bytes(sizing, shard, tokens) for tokens in (sizing.max_num_tokens, captured))
         kept = sum(shape.rows or shape.tokens for shape in (*shapes.decodes, *shapes.chunks)) + sizing.max_batch_size
@@ -153,10 +152,8 @@ class CudaBackend(Backend):
 
     def workspace_bytes(self, sizing: Sizing) -> int:
         from trtx.runtime.cuda.cublaslt import WORKSPACE
-        from trtx.runtime.cuda.shapes import Shapes
 
-        captured = Shapes.of(sizing.max_batch_size, sizing.max_num_tokens, tile=1).graphs
-        graphs = GRAPH_LAYER * sizing.model.spec.num_layers * captured
+        graphs = GRAPH_LAYER * sizing.model.spec.num_layers * _shapes(sizing).graphs
         return CONTEXT["cuda"] + 2 * CUBLAS_WORKSPACE + WORKSPACE + LOADED + graphs
 
     def math_dtype(self, sizing: Sizing) -> str:
@@ -192,6 +189,13 @@ def obstacle(sm: str, form: str, kv_dtype: str) -> str:
     if sm == "10.0" and form in ("fp8", "int8_sq", "w4a8_awq"):
         return f"Triton 3.6 does not compile the kernels of {form} for compute capability 10.0"
     return ""
+
+
+def _shapes(sizing: Sizing) -> Shapes:
+    """Those that an engine's steps are padded to; how many tiles they have does not matter to memory."""
+    from trtx.runtime.cuda.shapes import Shapes
+
+    return Shapes.of(sizing.max_batch_size, sizing.max_num_tokens, tile=1)
 
 
 def _suffix(entry: Entry) -> str:

@@ -32,6 +32,7 @@ def required_kernels(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore |
         tokens = max((shape.tokens for shape in mixed), default=0)
         decodes = max((shape.decodes for shape in mixed), default=0)
         for kind, shape in steps.shapes:
+            # Of mixed ones the widest: kernels are chosen by tokens or by decodes, not by both.
             if kind != "mixed" or shape.tokens == tokens or shape.decodes == decodes:
                 steps.compute(kind, shape)
         for kind in ("decodes", "mixed"):

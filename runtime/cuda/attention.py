@@ -405,7 +405,7 @@ class CachedAttention:
         grid = (step.decodes, programs // step.decodes, splits)
         self.launch("attention.decode", grid, args, constants, tiling.warps, tiling.stages, pdl=True)
 
-    def fits(self, q: Tensor, new: tuple[Tensor, Tensor], codes: tuple[Tensor, Tensor | None] | None) -> bool:
+    def fits(self, q: Tensor, new: tuple[Tensor, Tensor], codes: CodeScales | None) -> bool:
         """Whether decode.cu is there and knows all that is asked for; arguments as in `decode`."""
         keys, (k, v), rotation, dim = self.keys, new, self.rotation, self.dim
         smooth = codes[1] if codes else None
@@ -429,7 +429,7 @@ class CachedAttention:
         step: AttentionStep,
         scale: float,
         out: Tensor,
-        codes: tuple[Tensor, Tensor | None] | None = None,
+        codes: CodeScales | None = None,
         shape: DecodeShape | None = None,
     ) -> None:
         """`decode` by decode.cu, where that `fits`."""

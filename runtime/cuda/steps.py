@@ -71,7 +71,7 @@ class Steps:
         self._logits = torch.empty(batch, decoder.spec.vocab_size, dtype=ops.dtype, device=device)
         self.shapes = Shapes.of(batch, tokens, self._makers["mixed"].tile)
         self._graphs: Graphs | None = None
-        self._mixed, self._mixed_left = frozenset(self.shapes.mixed), MOST_MIXED
+        self._mixed_left = MOST_MIXED
         self._replays: dict[Shape, Callable[[], Tensor]] = {}
 
     def capture(self, graphs: Graphs) -> None:
@@ -149,7 +149,7 @@ class Steps:
         if replay is not None:
             return replay()
         logits = self.compute(kind, shape)
-        if self._graphs and self._mixed_left and shape in self._mixed:
+        if self._graphs and self._mixed_left and shape in self.shapes.mixed:
             self._mixed_left -= 1
             try:
                 self._replays[shape] = self._graphs.capture(partial(self._compute_mixed, shape))

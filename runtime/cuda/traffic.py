@@ -135,13 +135,14 @@ class _Count(Launch):
         """
         alone = [piece for piece in self._slices if len(piece.tokens) == 1]
         others = [piece for piece in self._slices if len(piece.tokens) > 1]
-        tokens, cached = programs, sum(len(piece.tokens) for piece in self._slices)
+        fresh = sum(len(piece.tokens) for piece in others)
+        tokens, cached = programs, len(alone) + fresh
         if kernel in ("attention.decode", "cu.decode"):
             tokens, cached = self._decodes, self._seen(alone)
-        elif kernel in ("attention.prefill", "attention.store"):
-            tokens = cached = sum(len(piece.tokens) for piece in others)
-        if kernel == "attention.prefill":
-            cached = self._seen(others)
+        elif kernel == "attention.prefill":
+            tokens, cached = fresh, self._seen(others)
+        elif kernel == "attention.store":
+            tokens, cached = fresh, fresh
         total = 0
         for tensor in given:
             if _storage(tensor) in self.cache:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import triton
 
-from tests.builder.test_cuda import assert_is_machine_code
-from trtx.builder.cuda import nvrtc
+from tests.builder.test_nvrtc import around_the_wait, assert_does_not_spill
 from trtx.quantize.formats import E4M3
 from trtx.runtime.cuda.attention import AttentionStep, CachedAttention, HeadNorm, Rotation, Slopes
 from trtx.runtime.cuda.launch import RecordLaunch, Variant
@@ -77,11 +74,7 @@ def test_compiles_without_spilling(cached: torch.dtype, sm: str) -> None:
         for norm in (None, "rms"):
             variant = recorded(sm, case, cached=cached, norm=norm, codes=cached == E4M3)
             assert variant.kernel == "cu.decode"
-            code, log = nvrtc.compile_native(variant, sm, ("--ptxas-options=-v",))
-            assert_is_machine_code(code, sm, "decode")
-            assert "0 bytes spill stores, 0 bytes spill loads" in log, (case, norm)
-            registers, blocks = int(re.search(r"Used (\d+) registers", log)[1]), dict(variant.constants)["BLOCKS"]
-            assert registers * 32 * variant.warps * blocks <= 64 << 10, "the registers of a multiprocessor"
+            assert_does_not_spill(variant, sm)
 
 
 @pytest.mark.parametrize("cached", [BF16, E4M3], ids=str)
@@ -89,10 +82,7 @@ def test_compiles_without_spilling(cached: torch.dtype, sm: str) -> None:
 def test_a_tile_is_on_its_way_ahead_of_the_wait(tmp_path: Path, case: Case, cached: torch.dtype) -> None:
     """In machine code, not only where it is written: keys and values. Keys are loaded again ahead of the softmax."""
     variant = recorded("9.0", case, cached=cached)
-    (tmp_path / "kernel.cubin").write_bytes(nvrtc.compile_native(variant, "9.0")[0])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    text = subprocess.run([tool, tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    ahead, wait, behind = text.partition("ACQBULK")
+    ahead, wait, behind = around_the_wait(variant, tmp_path)
     row, tiles = case.dim * cached.itemsize, dict(variant.constants)["TILES"]
     of_keys, of_values = tiles * 2 * row // 64, tiles * 4 * row // min(row, 128)
     loads = r"LDG\.E\.NA\.\S*(?:128|64)\b"

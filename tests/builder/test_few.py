@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-import triton
 
-from tests.builder.test_cuda import assert_is_machine_code, kernels_of, small
 from tests.builder.test_cuda import empty_caches as empty_caches
-from tests.builder.test_nvrtc import assert_built_with, wide
+from tests.builder.test_cuda import kernels_of, small
+from tests.builder.test_nvrtc import around_the_wait, assert_built_with, assert_does_not_spill, wide
 from tests.builder.test_nvrtc import missing as missing
 from trtx.builder.build import prepare
 from trtx.builder.cuda import nvrtc
@@ -60,11 +58,7 @@ def test_compiles_without_spilling(form: str, sm: str) -> None:
         for m in (2, 16):
             variant = recorded(sm, form, m, *shape)[-1]
             assert variant.kernel == "cu.few"
-            code, log = nvrtc.compile_native(variant, sm, ("--ptxas-options=-v",))
-            assert_is_machine_code(code, sm, "few")
-            assert "0 bytes spill stores, 0 bytes spill loads" in log, (shape, m)
-            registers, blocks = int(re.search(r"Used (\d+) registers", log)[1]), dict(variant.constants)["BLOCKS"]
-            assert registers * 32 * variant.warps * blocks <= 64 << 10, "the registers of a multiprocessor"
+            assert_does_not_spill(variant, sm)
 
 
 @pytest.mark.parametrize("form", ["none", "fp8"])
@@ -72,10 +66,7 @@ def test_compiles_without_spilling(form: str, sm: str) -> None:
 def test_weights_are_on_their_way_ahead_of_the_wait(tmp_path: Path, form: str, m: int) -> None:
     """In machine code, not only where it is written: all that a chunk has, 16 bytes at a time."""
     (variant,) = recorded("9.0", form, m, 6144, 4096)
-    (tmp_path / "kernel.cubin").write_bytes(nvrtc.compile_native(variant, "9.0")[0])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    text = subprocess.run([tool, tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    ahead, wait, behind = text.partition("ACQBULK")
+    ahead, wait, behind = around_the_wait(variant, tmp_path)
     constants = dict(variant.constants)
     assert wait and len(re.findall(r"LDG\.E\.\S*128", ahead)) == 4 * constants["TILES"] * constants["PAIRS"]
     assert "LDG" in behind

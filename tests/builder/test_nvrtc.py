@@ -58,16 +58,28 @@ def missing(monkeypatch):
         monkeypatch.setattr(module, "nvrtc_version", lambda: "")
 
 
+def assert_does_not_spill(variant: Variant, sm: str) -> None:
+    """And as many programs fit side by side as asked for."""
+    code, log = nvrtc.compile_native(variant, sm, ("--ptxas-options=-v",))
+    assert_is_machine_code(code, sm, variant.function)
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, variant
+    registers, blocks = int(re.search(r"Used (\d+) registers", log)[1]), dict(variant.constants)["BLOCKS"]
+    assert registers * 32 * variant.warps * blocks <= 64 << 10, "the registers of a multiprocessor"
+
+
+def around_the_wait(variant: Variant, folder: Path) -> tuple[str, str, str]:
+    """The machine code for an H100 ahead of the wait for the kernel before, the wait, and what is behind."""
+    (folder / "kernel.cubin").write_bytes(nvrtc.compile_native(variant, "9.0")[0])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    text = subprocess.run([tool, folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    return text.partition("ACQBULK")
+
+
 @pytest.mark.parametrize("sm", SHARED_BYTES)
 def test_compiles_without_spilling(sm):
     """For every compute capability, and as many programs side by side as asked for."""
     for shape in SHAPES:
-        variant = recorded(sm, *shape)
-        code, log = nvrtc.compile_native(variant, sm, ("--ptxas-options=-v",))
-        assert_is_machine_code(code, sm, "gemv4")
-        assert "0 bytes spill stores, 0 bytes spill loads" in log
-        registers, blocks = int(re.search(r"Used (\d+) registers", log)[1]), dict(variant.constants)["BLOCKS"]
-        assert registers * 32 * variant.warps * blocks <= 64 << 10, "the registers of a multiprocessor"
+        assert_does_not_spill(recorded(sm, *shape), sm)
 
 
 def test_nothing_but_the_log_is_written_to():
@@ -79,11 +91,7 @@ def test_nothing_but_the_log_is_written_to():
 @pytest.mark.parametrize("smooth", [False, True])
 def test_weights_are_on_their_way_ahead_of_the_wait(tmp_path, smooth):
     """In machine code, not only where it is written: sixteen loads of 16 bytes."""
-    code, _ = nvrtc.compile_native(recorded("9.0", 6144, 4096, smooth), "9.0")
-    (tmp_path / "kernel.cubin").write_bytes(code)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    text = subprocess.run([tool, tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    ahead, wait, behind = text.partition("ACQBULK")
+    ahead, wait, behind = around_the_wait(recorded("9.0", 6144, 4096, smooth), tmp_path)
     assert wait and len(re.findall(r"LDG\.E\.\S*128", ahead)) >= 16 and "LDG" in behind
 
 

@@ -20,7 +20,7 @@ def gpu() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def tuned_a_little() -> Iterator[None]:
-    """Builds measure some products, and leave the others to the heuristic: nobody waits for twenty seconds."""
+    """Builds measure some products, and leave the others to the heuristic: nobody waits for a minute."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "SECONDS", 0.5)
         yield

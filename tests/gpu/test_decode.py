@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_gemv4 import BF16, FP16, Native
+from tests.gpu.test_gemv4 import BF16, FP16
+from tests.gpu.test_gemv4 import device as device
+from tests.gpu.test_gemv4 import launch as launch
 from tests.kernels.checks import poisoned as poisoned
 from tests.kernels.test_attention import World, expected_attention, expected_rotation, queries, random_norm, world
 from trtx.quantize.formats import E4M3
@@ -22,16 +24,6 @@ TOLERANCES = {BF16: 6e-3, FP16: 1e-3}
 
 ONE, SHARED = DecodeShape(1, 4, 1, 1, 1), DecodeShape(2, 2, 1, 5, 2)
 """A program for each key head of a sequence, and up to five."""
-
-
-@pytest.fixture(scope="module")
-def launch() -> Launch:
-    return Native()
-
-
-@pytest.fixture(scope="module")
-def device() -> torch.device:
-    return torch.device("cuda")
 
 
 def layer_of(launch: Launch, w: World, scales: tuple[float, float] = (1.0, 1.0), **options: object) -> CachedAttention:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_gemv4 import BF16, FP16, Native, assert_order_is_kept
+from tests.gpu.test_gemv4 import BF16, FP16, assert_order_is_kept
+from tests.gpu.test_gemv4 import device as device
+from tests.gpu.test_gemv4 import launch as launch
 from tests.kernels.checks import poisoned as poisoned
 from tests.kernels.test_linear import assert_close, exact, gate, resident, stored
 from trtx.converters.spec import Activation
@@ -21,16 +23,6 @@ pytestmark = pytest.mark.gpu
 
 STEP = 2.0**-7
 """The input's scale where there is one: codes are the same whether they are divided by it or multiplied with 1 / it."""
-
-
-@pytest.fixture(scope="module")
-def launch() -> Launch:
-    return Native()
-
-
-@pytest.fixture(scope="module")
-def device() -> torch.device:
-    return torch.device("cuda")
 
 
 def weight_of(device: torch.device, form: str, n: int, k: int, dtype: torch.dtype, *without: str) -> LinearWeight:
