@@ -11,6 +11,9 @@ from trtx.runtime.cuda.launch import Constant, Variant
 OLDEST = 12, 8
 """The version that first knew every compute capability which kernels are compiled for."""
 
+_SPECIFIC = {"prefill"}
+"""Kernels with instructions of one compute capability and of none after it ('sm_90a')."""
+
 
 @cache
 def nvrtc_version() -> str:
@@ -48,9 +51,10 @@ def compile_native(variant: Variant, sm: str, options: tuple[str, ...] = ()) -> 
     """
     from cuda.bindings import nvrtc
 
+    target = f"sm_{sm.replace('.', '')}" + ("a" if variant.function in _SPECIFIC else "")
     program = checked(nvrtc.nvrtcCreateProgram(source(variant).encode(), variant.function.encode(), 0, [], []))
     try:
-        chosen = [option.encode() for option in (f"--gpu-architecture=sm_{sm.replace('.', '')}", *options)]
+        chosen = [option.encode() for option in (f"--gpu-architecture={target}", *options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(chosen), chosen)
         # NVRTC writes into these bytes. An empty log is one zero, and Python has one object for all bytes of length 1.
         log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))

@@ -57,7 +57,7 @@ def recorded(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore | None = 
     """
     assert sizing.target.gpu is not None
     sm = sizing.target.gpu.sm
-    launch = RecordLaunch(float(sm) >= 9.0, SHARED_BYTES[sm], native=bool(nvrtc_version()))
+    launch = RecordLaunch(float(sm) >= 9.0, SHARED_BYTES[sm], native=bool(nvrtc_version()), hopper=sm == "9.0")
     dtype = DTYPES[sizing.compute_dtype]
     ops = CudaOps(sizing.model.spec, dtype, META, sizing.max_seq_len, launch, laid_out=False)
     kv_dtype = E4M3 if sizing.kv_dtype == "fp8" else DTYPES[sizing.kv_dtype]

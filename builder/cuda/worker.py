@@ -31,7 +31,8 @@ def main() -> None:
 def compile_variant(variant: Variant, sm: str) -> dict[str, Any]:
     """Symbol, shared memory and machine code of a kernel for a compute capability ('9.0')."""
     if variant.native:
-        return {"symbol": variant.function, "shared_bytes": 0, "code": compile_native(variant, sm)[0].hex()}
+        code = compile_native(variant, sm)[0].hex()
+        return {"symbol": variant.function, "shared_bytes": variant.shared_bytes, "code": code}
 
     import triton
     from triton.backends.compiler import GPUTarget

@@ -1,4 +1,5 @@
-"""Attention over the paged KV cache: shapes → launches of `runtime.kernels.attention`, or of decode.cu where it fits.
+"""Attention over the paged KV cache: shapes → launches of `runtime.kernels.attention`, or of decode.cu and prefill.cu
+where they fit.
 
 Keys and values of a layer are [blocks, kv_heads, block_size, head_dim], latents [blocks, 1, block_size, rank +
 rope_dim]. Tokens of a step are packed, T of them; sequences that decode one token come before the others.
@@ -24,6 +25,9 @@ _MULTIPROCESSORS = 132
 _PROGRAMS = 4 * _MULTIPROCESSORS
 """How many programs of a decode step are wanted: enough to keep every multiprocessor of an H100 busy, twice over."""
 
+
+_NATIVE_ROWS = 128
+"""Of queries, and of keys, in a tile of prefill.cu; of queries as in all tilings of `prefill_tiling` on an H100."""
 
 _LONG = 1024
 """Tokens that one program of a decode step should take at least where there is no lack of programs."""
@@ -210,6 +214,22 @@ def decode_shape(programs: int, longest: int, row_bytes: int, sharing: int) -> D
     tiles, warps = (2, 8) if sharing <= 8 else (1, 4)
     splits = min(_MULTIPROCESSORS // programs, -(-longest // (16 * tiles * warps)))
     return DecodeShape(tiles, warps, 1 if sharing <= 8 else 2, splits, warps)
+
+
+class PrefillShape(NamedTuple):
+    """How prefill.cu is launched: see there.
+
+    Attributes:
+        slots: tiles of keys or values in shared memory.
+        turns: its warpgroups multiply in turns.
+        programs: at most.
+        direct: copies arrive by themselves.
+    """
+
+    slots: int = 5
+    turns: bool = True
+    programs: int = _MULTIPROCESSORS
+    direct: bool = False
 
 
 def query_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> int:
@@ -470,6 +490,9 @@ class CachedAttention:
         codes: CodeScales | None = None,
     ) -> None:
         """The tokens of `step.tiles`."""
+        if tiling is None and self.fits_prefill(q, codes):
+            self.prefill_natively(q, step, scale, out, codes)
+            return
         if tiling is None:
             programs = self.keys.shape[1] * len(step.tiles)
             tiling = prefill_tiling(self._row, q.element_size(), self.launch.shared_bytes, programs)
@@ -483,6 +506,49 @@ class CachedAttention:
         grid = (self.keys.shape[1] * chunks, len(step.tiles))
         limit = tiling.registers
         self.launch("attention.prefill", grid, args, constants, tiling.warps, tiling.stages, pdl=True, registers=limit)
+
+    def fits_prefill(self, q: Tensor, codes: tuple[Tensor, Tensor | None] | None) -> bool:
+        """Whether prefill.cu is there and knows all that is asked for; arguments as in `prefill`."""
+        keys, rotation, dim, norm = self.keys, self.rotation, self.dim, self.rotation.q_norm
+        smooth, weight = codes[1] if codes else None, norm.weight if norm else None
+        return (
+            self.launch.native and self.launch.hopper and self.values is not None and self.window is None
+            and not self.softcap and self.sinks is None and self.alibi is None
+            and q.dtype in (torch.bfloat16, torch.float16) and keys.dtype == q.dtype and dim in (64, 128)
+            and self._sharing(q) <= _NATIVE_ROWS and keys.shape[2] in (8, 16, 32, 64, 128)
+            and (rotation.tables is None or rotation.dim == dim)
+            and q.stride(0) % 8 == q.storage_offset() % 8 == 0
+            and (norm is None or (norm.kind != "layer" and norm.bias is None))
+            and (weight is None or weight.dtype in (q.dtype, torch.float32))
+            and (smooth is None or smooth.dtype == torch.float32)
+        )  # fmt: skip
+
+    def prefill_natively(
+        self,
+        q: Tensor,
+        step: AttentionStep,
+        scale: float,
+        out: Tensor,
+        codes: tuple[Tensor, Tensor | None] | None = None,
+        shape: PrefillShape | None = None,
+    ) -> None:
+        """`prefill` by prefill.cu, where that `fits_prefill`."""
+        kv_heads, shape = self.keys.shape[1], shape or PrefillShape()
+        norm = self.rotation.q_norm or _UNCHANGED
+        args = (
+            q, *self.rotation.angles, norm.weight, self.keys, self.values, self.table, step.lengths, step.starts,
+            step.tiles, out, *(codes or (None, None)), float(scale), float(self.v_scale), len(step.tiles),
+        )  # fmt: skip
+        tile = 2 * _NATIVE_ROWS * self.dim
+        constants = self.rotation.query_constants() | {
+            "KV_HEADS": kv_heads, "SHARING": self._sharing(q), "DIM": self.dim, "HALF": q.dtype == torch.float16,
+            "Q_STRIDE": q.stride(0), "NORM_BYTES": 2 if norm.weight is None else norm.weight.itemsize,
+            "WIDTH": self.table.shape[1], "BLOCK_SIZE": self.keys.shape[2], "CODES": codes is not None,
+            "SLOTS": shape.slots, "TURNS": shape.turns, "DIRECT": shape.direct,
+            "SHARED": (shape.slots + 2) * tile + 2048,
+        }  # fmt: skip
+        grid = (min(shape.programs, kv_heads * len(step.tiles)),)
+        self.launch("cu.prefill", grid, args, constants, 12, stages=1, pdl=True)
 
     @property
     def _row(self) -> int:

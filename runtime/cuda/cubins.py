@@ -105,6 +105,7 @@ class CubinLaunch(Launch):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: its kernels can't be read ({error}).", "Build the engine again.") from error
         self.native = any(cubin.variant.native for cubin in found)
+        self.hopper = any(cubin.variant.kernel == "cu.prefill" for cubin in found)
         torch.cuda.current_stream(device)  # the context has to stand
         self._kernels = {cubin.variant: Kernel(self._driver, cubin, code[cubin.file]) for cubin in found}
         self._known: dict[tuple[Any, ...], Kernel] = {}

@@ -71,6 +71,11 @@ class Variant:
         """The kernel's name in its file."""
         return self.kernel.partition(".")[2]
 
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a program of a kernel in CUDA C++: its constant `SHARED`."""
+        return int(dict(self.constants).get("SHARED") or 0)
+
     def to_json(self) -> dict[str, Any]:
         """For an index of kernels."""
         return asdict(self)
@@ -100,6 +105,8 @@ class Launch(ABC):
     """Shared memory that a program may take."""
     native: bool = False
     """Whether kernels in CUDA C++ are launched too: NVRTC is there to compile them, or they are compiled."""
+    hopper: bool = False
+    """Whether those with instructions of compute capability 9.0 alone are launched too."""
     products: Products | None = None
     """cuBLASLt, for products of many tokens; None: they are left to torch."""
 
@@ -188,6 +195,7 @@ class RecordLaunch(Launch):
     dependent: bool = False
     shared_bytes: int = H100_SHARED
     native: bool = False
+    hopper: bool = False
     variants: dict[Variant, None] = field(default_factory=dict)
 
     def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:

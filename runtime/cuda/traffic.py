@@ -54,7 +54,7 @@ class Traffic:
         model, limits = config.model, config.limits
         spec = model.spec
         made_for = config.fingerprint
-        self._count = _Count(spec, float(made_for.sm) >= 9.0, shared_bytes, native="nvrtc" in made_for.versions)
+        self._count = _Count(spec, made_for.sm, shared_bytes, native="nvrtc" in made_for.versions)
         ops = _Ops(spec, DTYPES[config.compute_dtype], META, limits.max_seq_len, self._count, laid_out=False)
         kv_dtype = E4M3 if limits.kv_dtype == "fp8" else DTYPES[limits.kv_dtype]
         self._layout = KVLayout.of(spec, limits.kv_block_size, kv_dtype.itemsize)
@@ -96,8 +96,9 @@ class _Count(Launch):
         uncounted: those of block tables and counters.
     """
 
-    def __init__(self, spec: ModelSpec, dependent: bool, shared_bytes: int, native: bool) -> None:
-        self.dependent, self.shared_bytes, self.native = dependent, shared_bytes, native
+    def __init__(self, spec: ModelSpec, sm: str, shared_bytes: int, native: bool) -> None:
+        self.dependent, self.shared_bytes, self.native = float(sm) >= 9.0, shared_bytes, native
+        self.hopper = sm == "9.0"
         self._spec = spec
         self.bytes: Counter[str] = Counter()
         self.cache: set[int] = set()
@@ -128,7 +129,7 @@ class _Count(Launch):
             self.bytes[kernel] += int(sum(self.share.get(_storage(tensor), 1) * tensor.nbytes for tensor in given))
 
     def _with_cache(self, kernel: str, programs: int, given: Sequence[Tensor]) -> int:
-        """Bytes of a kernel that works on the KV cache: `*.decode`, `attention.prefill`, or one that stores.
+        """Bytes of a kernel that works on the KV cache: `*.decode`, `*.prefill`, or one that stores.
 
         Args:
             programs: along the grid's first axis: of one that stores, a token each.
@@ -139,7 +140,7 @@ class _Count(Launch):
         tokens, cached = programs, len(alone) + fresh
         if kernel in ("attention.decode", "cu.decode"):
             tokens, cached = self._decodes, self._seen(alone)
-        elif kernel == "attention.prefill":
+        elif kernel in ("attention.prefill", "cu.prefill"):
             tokens, cached = fresh, self._seen(others)
         elif kernel == "attention.store":
             tokens, cached = fresh, fresh

@@ -101,7 +101,7 @@ def test_engine_holds_the_kernel(write_checkpoint, tmp_path: Path, monkeypatch: 
     checkpoint = write_checkpoint(wide(), form).path
     wanted = kernels_of(prepare(checkpoint, small()))
     native = [variant for variant in wanted if variant.native]
-    assert {variant.kernel for variant in native} == {"cu.few", "cu.decode"}
+    assert {variant.kernel for variant in native} == {"cu.few", "cu.decode", "cu.prefill"}
     assert_built_with(native, checkpoint, tmp_path / "engine", monkeypatch)
 
 

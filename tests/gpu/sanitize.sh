@@ -29,6 +29,7 @@ groups=(
     'test_attention.py and (bfloat16 or test_of_many or (TestDecode and test_window) or test_e4m3_cache)'
     'test_experts.py and (test_route[2 or (test_experts[ and silu and bfloat16) or test_many or test_pairs)'
     "test_decode.py and ($decodes or test_codes)"
+    'test_prefill.py and ((test_lengths and bfloat16 and 8-2-128-32) or test_rotation[128-128-first or test_codes)'
     "test_cuda_ops.py and [llama] or ($elementwise) or ($sampling) or ($native)"
 )
 
@@ -37,7 +38,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for index in "${!groups[@]}"; do
     "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 86 "${PYTHON:-python3}" -m pytest -m '' \
-        -p no:cacheprovider -k "${groups[index]}" tests/kernels tests/gpu/test_{gemv4,few,decode}.py "$@" \
+        -p no:cacheprovider -k "${groups[index]}" tests/kernels tests/gpu/test_{gemv4,few,decode,prefill}.py "$@" \
         >"$folder/$index" 2>&1 &
     running[index]=$!
 done

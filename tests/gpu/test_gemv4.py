@@ -40,7 +40,7 @@ class Native(Launch):
         assert variant.native and variant.pdl == self.dependent
         if variant not in self.kernels:
             code, _ = compile_native(variant, self.sm)
-            self.kernels[variant] = Kernel(driver(), Cubin(variant, "", variant.function, 0), code)
+            self.kernels[variant] = Kernel(driver(), Cubin(variant, "", variant.function, variant.shared_bytes), code)
         self.kernels[variant](grid, args, torch.cuda.current_stream().cuda_stream)
 
 

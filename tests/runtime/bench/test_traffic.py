@@ -86,6 +86,13 @@ def test_a_window_bounds_what_is_read():
     assert chunks[1] - chunks[0] == 31 * LAYERS * KV * 2 and chunks[1] == chunks[2]
 
 
+def test_prefill_in_cuda_reads_what_triton_s_does():
+    """Of heads that it knows, on a GPU that it is for."""
+    batch = [(50, 200, 1), (0, 90, 1)]
+    triton, native = (traffic(versions=versions, head_dim=64).of_step(batch) for versions in ({}, {"nvrtc": "13"}))
+    assert native["cu.prefill"] == triton["attention.prefill"] > 340 * LAYERS * 2 * 2 * 64 * 2
+
+
 def test_a_prefill_reads_what_is_cached_and_leaves_the_rest_to_libraries():
     of = traffic()
     fresh, later = (of.of_step([(before, 512, 0)]) for before in (0, 300))
