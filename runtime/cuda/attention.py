@@ -223,13 +223,11 @@ class PrefillShape(NamedTuple):
         slots: tiles of keys or values in shared memory.
         turns: its warpgroups multiply in turns.
         programs: at most.
-        direct: copies arrive by themselves.
     """
 
     slots: int = 5
     turns: bool = True
     programs: int = _MULTIPROCESSORS
-    direct: bool = False
 
 
 def query_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> int:
@@ -238,14 +236,16 @@ def query_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int, shared: 
     return rows // min(heads // kv_heads, rows)
 
 
-def tiles_of(q_lens: Sequence[int], first: int, tile: int) -> list[tuple[int, int]]:
-    """The prefill tiles of a step: (sequence, first of its new tokens).
+def tiles_of(q_lens: Sequence[int], lengths: Sequence[int], first: int, tile: int) -> list[tuple[int, int]]:
+    """The prefill tiles of a step: (sequence, first of its new tokens); those that see more keys come later.
 
     Args:
         q_lens: new tokens of each sequence; those before `first` decode.
+        lengths: of each sequence, with its new tokens.
         tile: `query_tile` of the model.
     """
-    return [(index, row) for index in range(first, len(q_lens)) for row in range(0, q_lens[index], tile)]
+    tiles = [(index, row) for index in range(first, len(q_lens)) for row in range(0, q_lens[index], tile)]
+    return sorted(tiles, key=lambda tile: lengths[tile[0]] - q_lens[tile[0]] + tile[1])
 
 
 def store_latents(
@@ -544,7 +544,7 @@ class CachedAttention:
             "KV_HEADS": kv_heads, "SHARING": self._sharing(q), "DIM": self.dim, "HALF": q.dtype == torch.float16,
             "Q_STRIDE": q.stride(0), "NORM_BYTES": 2 if norm.weight is None else norm.weight.itemsize,
             "WIDTH": self.table.shape[1], "BLOCK_SIZE": self.keys.shape[2], "CODES": codes is not None,
-            "SLOTS": shape.slots, "TURNS": shape.turns, "DIRECT": shape.direct,
+            "SLOTS": shape.slots, "TURNS": shape.turns,
             "SHARED": (shape.slots + 2) * tile + 2048,
         }  # fmt: skip
         grid = (min(shape.programs, kv_heads * len(step.tiles)),)

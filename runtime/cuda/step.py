@@ -211,7 +211,7 @@ class StepMaker:
         """The shape of exactly this step; decodes come first."""
         counts = [len(piece.tokens) for piece in batch]
         decodes = _decodes(batch)
-        tiles = len(tiles_of(counts, decodes, self.tile))
+        tiles = len(tiles_of(counts, [piece.end for piece in batch], decodes, self.tile))
         rows = max(1, sum(piece.logits for piece in batch))  # no kernel is launched for none
         return Shape(sum(counts), len(batch), rows, tiles, decodes)
 
@@ -238,6 +238,7 @@ class StepMaker:
         counts[numbers_of] = [len(piece.tokens) for piece in batch]
         lengths[numbers_of] = [piece.end for piece in batch]
         ends = np.cumsum(counts)
+        tiles = tiles_of(counts.tolist(), lengths.tolist(), shape.decodes, self.tile)
         rows = [
             row for piece, end in zip(batch, ends[numbers_of], strict=True) for row in range(end - piece.logits, end)
         ]
@@ -249,7 +250,7 @@ class StepMaker:
             "sequence": np.repeat(np.arange(shape.sequences, dtype=np.int32), counts),
             "starts": np.concatenate([[0], ends]),
             "rows": rows,
-            "tiles": np.asarray(tiles_of(counts.tolist(), shape.decodes, self.tile), dtype=np.int32).ravel(),
+            "tiles": np.asarray(tiles, dtype=np.int32).ravel(),
         }
         sizes = dict.fromkeys(numbers, shape.tokens)
         sizes.update(lengths=shape.sequences, starts=shape.sequences + 1, rows=shape.rows or 0, tiles=2 * shape.tiles)

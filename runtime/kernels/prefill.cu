@@ -16,8 +16,7 @@
 //
 // Defined before this: KV_HEADS, SHARING, DIM; Q_STRIDE; ROPE: DIM or 0; NORM, NORM_LAST, PER_HEAD, NORM_BYTES (of a
 // number of the norm's weights), EPS, FLOOR, SCALE; WIDTH, BLOCK_SIZE; CODES: out are codes; PDL; HALF: q is fp16;
-// SLOTS, TURNS: whether warpgroups wait for each other's turn; DIRECT: copies arrive by themselves, and who multiplies them
-// fences, instead of who copied; SHARED: bytes of shared memory; WARPS: 12.
+// SLOTS, TURNS: whether warpgroups wait for each other's turn; SHARED: bytes of shared memory; WARPS: 12.
 
 #define BYTES 2
 #include "common.cu"
@@ -29,12 +28,11 @@ constexpr int ROWS = 128, KEYS = 128, TOKENS = ROWS / SHARING;
 constexpr int HALF_TILE = 128 * 128, TILE = DIM / 64 * HALF_TILE;  // bytes
 constexpr int PAIRS = DIM / 16;   // of 8 features and the 8 that they are rotated with, in a row
 constexpr int PIECES = DIM / 8;   // of 8 features in a row
-constexpr int COPIERS = 64, RESTING = 88, WORKING = 208;  // threads; registers
+constexpr int COPIERS = 64, RESTING = 96, WORKING = 208;  // threads; registers
 constexpr int BARRIERS = 2 * SLOTS + 4;
 constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f;
 static_assert((DIM == 64 || DIM == 128) && (ROPE == 0 || ROPE == DIM) && SHARING <= ROWS && WARPS == 12, "shapes");
 static_assert(BLOCK_SIZE % 8 == 0 && KEYS % BLOCK_SIZE == 0, "a page lies in one tile");
-static_assert(1024 + (SLOTS + 2) * TILE + 8 * BARRIERS + 16 <= SHARED, "shared memory");
 
 __device__ __forceinline__ float exp2_of(float v) {
     float y;
@@ -96,11 +94,6 @@ __device__ __forceinline__ void copy(unsigned to, const unsigned char* from, int
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
-}
-
-// An arrival when this thread's copies have arrived; the barrier counts it.
-__device__ __forceinline__ void copies_arrive(unsigned at) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(at) : "memory");
 }
 
 // A matrix in shared memory for wgmma, swizzled by 128 bytes; 8 rows are 1024 bytes after the 8 before them, and (of
@@ -168,28 +161,27 @@ __device__ __forceinline__ int place(int row, int piece) {
 struct Work {
     int head, sequence, first_row, first_token, count, past, end;  // end: keys that its last token sees
 
-    // Number `round` of this program's, of `total`; false: there is nothing to do in it.
-    __device__ __forceinline__ bool find(int round, int total, const int* tiles, const int* starts,
+    // Number `index` of `total`.
+    __device__ __forceinline__ void find(int index, int total, const int* tiles, const int* starts,
                                          const int* lengths) {
-        const int index = number(round);
-        if (index >= total) return false;
         const int tile = (total - 1 - index) / KV_HEADS;
         head = index % KV_HEADS;
         sequence = tiles[2 * tile];
-        if (sequence < 0) return false;
         first_row = tiles[2 * tile + 1];
         first_token = starts[sequence];
         count = starts[sequence + 1] - first_token;
         past = lengths[sequence] - count;
         end = past + min(first_row + TOKENS, count);
-        return true;
     }
+    // Which one a program has in a round, if there are as many.
     static __device__ __forceinline__ int number(int round) {
         const int across = gridDim.x;
         return round * across + (round % 2 ? across - 1 - (int)blockIdx.x : (int)blockIdx.x);
     }
     __device__ __forceinline__ int tiles_of_keys() const { return (end + KEYS - 1) / KEYS; }
 };
+
+static_assert(1024 + (SLOTS + 2) * TILE + 8 * BARRIERS + 16 + 2 * sizeof(Work) <= SHARED, "shared memory");
 
 __device__ __forceinline__ float weight_of(const void* weight, int feature) {
     return NORM_BYTES == 4 ? ((const float*)weight)[feature]
@@ -209,54 +201,72 @@ __device__ __forceinline__ void scale_by_norm(float (&x)[16], const void* weight
         x[i] *= NORM == rms ? factor * weight_of(weight, first + i / 8 * (DIM / 2) + i % 8) : factor;
 }
 
+// Eight numbers of fp32.
+struct Eight {
+    float4 low, high;
+    __device__ __forceinline__ void load(const float* from) { low = *(const float4*)from, high = ((const float4*)from)[1]; }
+    __device__ __forceinline__ float operator[](int i) const {
+        const float all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        return all[i];
+    }
+};
+
 // The queries of a work, normalized and rotated, to shared memory, by MANY threads; zeros where there are none.
+// A thread waits once for all that it reads of some rows: of HEADS of a token each.
 template <int MANY>
 __device__ __forceinline__ void prepare(unsigned char* to, const Work& work, int thread, const unsigned short* q,
                                         const float* cos, const float* sin, const void* weight) {
+    constexpr int HEADS = SHARING % 2 ? 1 : SHARING % 4 || NORM != none ? 2 : 4;
+    constexpr int ROWS_AT_ONCE = HEADS == 4 || NORM != none ? HEADS : 2 * HEADS;
 #pragma unroll 1
-    for (int item = thread; item < ROWS * PAIRS; item += MANY) {
-        const int row = item / PAIRS, c = item % PAIRS;
-        const int token = work.first_row + row / SHARING, head = work.head * SHARING + row % SHARING;
-        const bool present = row < TOKENS * SHARING && token < work.count;
-        const int position = work.past + token;
-        uint4 words[2] = {};
-        float x[16];
-        if (present) {
-            const unsigned short* from =
-                q + (long long)(work.first_token + token) * Q_STRIDE + head * DIM + 8 * c;
-            words[0] = *(const uint4*)from;
-            words[1] = *(const uint4*)(from + DIM / 2);
-        }
+    for (int item = thread; item < ROWS / ROWS_AT_ONCE * PAIRS; item += MANY) {
+        const int first_row = item / PAIRS * ROWS_AT_ONCE, c = item % PAIRS;
+        uint4 words[ROWS_AT_ONCE][2] = {};
+        Eight cosines[ROWS_AT_ONCE / HEADS] = {}, sines[ROWS_AT_ONCE / HEADS] = {};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const unsigned four[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-#pragma unroll
-            for (int j = 0; j < 8; j++) x[8 * i + j] = ::number(four[j / 2] >> j % 2 * 16 & 0xFFFF);
-        }
-        const int first = (PER_HEAD ? head * DIM : 0) + 8 * c;
-        if (NORM != none && !NORM_LAST) scale_by_norm(x, weight, first);
-        if (ROPE && present) {
-            const long long angles = (long long)position * (DIM / 2) + 8 * c;
-#pragma unroll
-            for (int i = 0; i < 8; i += 4) {
-                const float4 cosines = *(const float4*)(cos + angles + i), sines = *(const float4*)(sin + angles + i);
-                const float a[4] = {cosines.x, cosines.y, cosines.z, cosines.w};
-                const float b[4] = {sines.x, sines.y, sines.z, sines.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float low = x[i + j], high = x[8 + i + j];
-                    x[i + j] = low * a[j] - high * b[j];
-                    x[8 + i + j] = high * a[j] + low * b[j];
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            const int row = first_row + r, token = work.first_row + row / SHARING;
+            const int head = work.head * SHARING + row % SHARING;
+            if (row < TOKENS * SHARING && token < work.count) {
+                const unsigned short* from = q + (long long)(work.first_token + token) * Q_STRIDE + head * DIM + 8 * c;
+                words[r][0] = *(const uint4*)from;
+                words[r][1] = *(const uint4*)(from + DIM / 2);
+                if (ROPE && r % HEADS == 0) {
+                    const long long angles = (long long)(work.past + token) * (DIM / 2) + 8 * c;
+                    cosines[r / HEADS].load(cos + angles);
+                    sines[r / HEADS].load(sin + angles);
                 }
             }
         }
-        if (NORM != none && NORM_LAST) scale_by_norm(x, weight, first);
-        const float by = FLOOR > 0 ? 1 + SCALE * logf(1 + floorf((position + 1) / (FLOOR > 0 ? FLOOR : 1))) : 1;
-        unsigned y[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) y[i] = present ? pair(x[2 * i] * by, x[2 * i + 1] * by) : 0;
-        *(uint4*)(to + place(row, c)) = make_uint4(y[0], y[1], y[2], y[3]);
-        *(uint4*)(to + place(row, c + PAIRS)) = make_uint4(y[4], y[5], y[6], y[7]);
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            const int row = first_row + r;
+            float x[16];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const unsigned four[4] = {words[r][i].x, words[r][i].y, words[r][i].z, words[r][i].w};
+#pragma unroll
+                for (int j = 0; j < 8; j++) x[8 * i + j] = ::number(four[j / 2] >> j % 2 * 16 & 0xFFFF);
+            }
+            const int first = (PER_HEAD ? (work.head * SHARING + row % SHARING) * DIM : 0) + 8 * c;
+            if (NORM != none && !NORM_LAST) scale_by_norm(x, weight, first);
+            if (ROPE) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const float low = x[i], high = x[8 + i], a = cosines[r / HEADS][i], b = sines[r / HEADS][i];
+                    x[i] = low * a - high * b;
+                    x[8 + i] = high * a + low * b;
+                }
+            }
+            if (NORM != none && NORM_LAST) scale_by_norm(x, weight, first);
+            const int position = work.past + work.first_row + row / SHARING;
+            const float by = FLOOR > 0 ? 1 + SCALE * logf(1 + floorf((position + 1) / (FLOOR > 0 ? FLOOR : 1))) : 1;
+            unsigned y[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) y[i] = pair(x[2 * i] * by, x[2 * i + 1] * by);
+            *(uint4*)(to + place(row, c)) = make_uint4(y[0], y[1], y[2], y[3]);
+            *(uint4*)(to + place(row, c + PAIRS)) = make_uint4(y[4], y[5], y[6], y[7]);
+        }
     }
 }
 
@@ -365,6 +375,7 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
     unsigned char* const queries = base + SLOTS * TILE;  // of this work, and of the next
     const unsigned ring = shared_address(base), barriers = ring + (SLOTS + 2) * TILE;
     int* const used = (int*)(base + (SLOTS + 2) * TILE + 8 * BARRIERS);
+    Work* const prepared = (Work*)(used + 4);  // of the queries in each place
 #define FULL(slot) (barriers + 8 * (slot))
 #define EMPTY(slot) (barriers + 8 * (SLOTS + (slot)))
 #define QUERIES_FULL(which) (barriers + 8 * (2 * SLOTS + (which)))
@@ -399,7 +410,8 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
             int owed = -1;  // a slot whose copies are on their way
 #pragma unroll 1
             for (int round = 0; round < rounds; round++) {
-                if (!work.find(round, total, tiles, starts, lengths)) continue;
+                if (Work::number(round) >= total) continue;
+                work.find(Work::number(round), total, tiles, starts, lengths);
                 const int* blocks = table + (long long)work.sequence * WIDTH;
                 const int count = work.tiles_of_keys(), units = 2 * count;
 #pragma unroll 1
@@ -425,11 +437,6 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
                         copy_tile<true>(to, cached, pages, work.head, present, threadIdx.x);
                     else
                         copy_tile<false>(to, cached, pages, work.head, present, threadIdx.x);
-                    if (DIRECT) {
-                        copies_arrive(FULL(turn.slot));
-                        turn.next();
-                        continue;
-                    }
                     copies_end();
                     if (owed >= 0) {
                         copies_wait<1>();
@@ -448,11 +455,13 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
         } else {
 #pragma unroll 1
             for (int round = 0; round < rounds; round++) {
-                if (!work.find(round, total, tiles, starts, lengths)) continue;
+                if (Work::number(round) >= total) continue;
                 const int which = ordinal % 2;
                 if (ordinal > 0) {  // the first ones are prepared by those that are waiting for them
+                    work.find(Work::number(round), total, tiles, starts, lengths);
                     if (ordinal > 1) barrier_wait(QUERIES_EMPTY(which), (ordinal - 2) / 2 % 2);
                     prepare<128 - COPIERS>(queries + which * TILE, work, threadIdx.x - COPIERS, q, cos, sin, q_weight);
+                    if (threadIdx.x == COPIERS) prepared[which] = work;
                     fence_for_tensor_cores();
                     barrier_arrive(QUERIES_FULL(which));
                 }
@@ -470,15 +479,17 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
         if (TURNS && group == 1) announce(2, 256);
 #pragma unroll 1
         for (int round = 0; round < rounds; round++) {
-            if (!work.find(round, total, tiles, starts, lengths)) continue;
+            if (Work::number(round) >= total) continue;
             const int which = ordinal % 2;
             unsigned char* const mine = queries + which * TILE;
             if (ordinal == 0) {
+                work.find(Work::number(round), total, tiles, starts, lengths);
                 prepare<256>(mine, work, threadIdx.x - 128, q, cos, sin, q_weight);
                 fence_for_tensor_cores();
                 meet(1, 256);
             } else {
                 barrier_wait(QUERIES_FULL(which), (ordinal - 1) / 2 % 2);
+                work = prepared[which];
             }
             const unsigned long long a = matrix(shared_address(mine) + group * 64 * 128);
             const int count = work.tiles_of_keys(), first = work.past + work.first_row;
@@ -486,9 +497,7 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
             Rows rows = {{UNSEEN, UNSEEN}, {0, 0}};
 #pragma unroll
             for (int i = 0; i < DIM / 2; i++) y[i] = 0;
-#define TAKE(turn)                                                                                                     \
-    barrier_wait(FULL(turn.slot), turn.parity);                                                                        \
-    if (DIRECT) fence_for_tensor_cores()
+#define TAKE(turn) barrier_wait(FULL(turn.slot), turn.parity)
 #define RELEASE(slot)                                                                                                  \
     if (lane == 0) barrier_arrive(EMPTY(slot))
 

@@ -122,7 +122,7 @@ def paged(
         starts=ids(torch.tensor([0, *q_lens]).cumsum(0), device),
         lengths=ids(lengths, device),
         tables=[ids(tables, device)],
-        tiles=ids(tiles_of(q_lens, decodes, tile), device).view(-1, 2),
+        tiles=ids(tiles_of(q_lens, lengths, decodes, tile), device).view(-1, 2),
         decodes=decodes,
         counters=torch.zeros(len(lengths) * heads, dtype=torch.int32, device=device),
     )

@@ -106,7 +106,7 @@ def world(
     owners = [index for index, count in enumerate(q_lens) for _ in range(count)]
     starts = torch.tensor([0, *q_lens, *[1] * spare]).cumsum(0)
     tile = query_tile(heads, kv_heads, dim, dtype.itemsize)
-    tiles = [*tiles_of(q_lens, decodes, tile), (-1, 0)] if decodes < len(q_lens) else []
+    tiles = [*tiles_of(q_lens, lengths, decodes, tile), (-1, 0)] if decodes < len(q_lens) else []
 
     def ids(values: object) -> Tensor:
         return torch.as_tensor(values, dtype=torch.int32).to(device)
