@@ -1,11 +1,11 @@
 """Which algorithm of cuBLASLt is the fastest for each large product of an engine: measured where its GPU is here.
 
 Candidates are what the heuristic likes best. Each is timed in a CUDA graph that multiplies with one weight after the
-other, more of them than fit into the L2 cache, of random numbers (zeros take less power, and so less time). Large
-products bring a GPU to its power limit, and what was the fastest before may not be so there (`down` of Llama-3.1-8B for
-2048 tokens on an H100: 6% ahead of the heuristic's choice at first, then 4% behind): they are timed once it is reached.
-What was found is kept in the user's cache folder too, by GPU and version of the library: a second build measures
-nothing.
+other, more of them than fit into the L2 cache, of random numbers (zeros take less power, and so less time). What was
+found is kept in the user's cache folder too, by GPU and version of the library: a second build measures nothing.
+
+Large products bring a GPU to its power limit, where its favourites may be others. Timing them there (80 s more for
+Llama-3.1-8B on an H100) made no whole prefill and no throughput better: they are timed as the others are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trtx.runtime.cuda.ops import is_expert
 from trtx.runtime.cuda.shapes import batch_sizes
 from trtx.runtime.weights import WeightStore, fused_groups
 
-SECONDS = 60.0
+SECONDS = 20.0
 """Time for all products of an engine; those that it does not suffice for are left to the heuristic."""
 
 CANDIDATES = 16
@@ -45,15 +45,6 @@ NEAR = 4
 
 GAIN = 0.99
 """The heuristic's time, times this, is what another algorithm has to beat."""
-
-HEAVY = 10e9
-"""FLOPs of a product from which on it is timed under load."""
-
-LOAD = 0.05
-"""Seconds that a GPU is busy with an algorithm before it is timed, for as long, under load."""
-
-METHOD = 2
-"""Of timing: what was found by another one is not taken from the cache."""
 
 POOL = 256 << 20
 """Bytes of weights that are multiplied with in turn: several times an L2 cache."""
@@ -157,7 +148,7 @@ def measured(wanted: list[Problem], advance: Callable[[int], None] = lambda coun
     began, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
     products = Products(device)
     table = Table(products.version, products.gpu)
-    cached = cache_folder("algorithms") / f"{products.gpu.replace(' ', '-')}-{products.version}-{METHOD}.json"
+    cached = cache_folder("algorithms") / f"{products.gpu.replace(' ', '-')}-{products.version}.json"
     known = _known(cached, table)
     stopwatch = Stopwatch(products, device)
     for problem in wanted:
@@ -185,8 +176,7 @@ def _known(file: Path, like: Table) -> Table:
 def choose(stopwatch: Stopwatch, problem: Problem) -> Tuned | None:
     """The fastest algorithm for a product; None where cuBLASLt has none.
 
-    All candidates are timed once. Those that are near the best, and the heuristic's own, are then timed in turns, under
-    load if the product is a heavy one.
+    All candidates are timed once. Those that are near the best, and the heuristic's own, are then timed in turns.
     """
     products = stopwatch.products
     runs = stopwatch.runs(problem)
@@ -198,14 +188,10 @@ def choose(stopwatch: Stopwatch, problem: Problem) -> Tuned | None:
     if not graphs:
         return None
     once = {algorithm: stopwatch.seconds(graph) for algorithm, graph in graphs.items()}
-    heavy = 2 * problem.m * problem.n * problem.k > HEAVY
-    clock, turns, apart = (stopwatch.loaded_seconds, 2, 1.08) if heavy else (stopwatch.seconds, 7, 1.05)
-    first, limit = next(iter(graphs)), apart * min(once.values())
+    first, limit = next(iter(graphs)), 1.05 * min(once.values())
     ahead = sorted((algorithm for algorithm in graphs if once[algorithm] < limit), key=lambda it: once[it])[:NEAR]
     near = ahead if first in ahead else [first, *ahead]
-    if heavy:
-        clock(graphs[first])  # so that the first to be timed is no better off
-    rounds = [[clock(graphs[algorithm]) for algorithm in near] for _ in range(turns)]
+    rounds = [[stopwatch.seconds(graphs[algorithm]) for algorithm in near] for _ in range(7)]
     medians = dict(zip(near, map(statistics.median, zip(*rounds, strict=True)), strict=True))
     best = min(near, key=lambda algorithm: medians[algorithm])
     if medians[best] > GAIN * medians[first]:
@@ -279,22 +265,14 @@ class Stopwatch:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return graph
 
-    def seconds(self, graph: torch.cuda.CUDAGraph, count: int = 1) -> float:
-        """Of one replay, the mean of `count`."""
+    def seconds(self, graph: torch.cuda.CUDAGraph) -> float:
+        """Of one replay."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(count):
-            graph.replay()
+        graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
-
-    def loaded_seconds(self, graph: torch.cuda.CUDAGraph) -> float:
-        """Of one replay, when the GPU has computed nothing else for a while."""
-        count = max(1, int(LOAD / self.seconds(graph)))
-        for _ in range(count):
-            graph.replay()
-        return self.seconds(graph, count)
+        return start.elapsed_time(end) / 1e3
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if dtype is E4M3:
