@@ -28,7 +28,7 @@ constexpr int ROWS = 128, KEYS = 128, TOKENS = ROWS / SHARING;
 constexpr int HALF_TILE = 128 * 128, TILE = DIM / 64 * HALF_TILE;  // bytes
 constexpr int PAIRS = DIM / 16;   // of 8 features and the 8 that they are rotated with, in a row
 constexpr int PIECES = DIM / 8;   // of 8 features in a row
-constexpr int COPIERS = 64, RESTING = 88, WORKING = 208;  // threads; registers
+constexpr int COPIERS = 64, RESTING = DIM == 64 ? 120 : 88, WORKING = DIM == 64 ? 192 : 208;  // threads; registers
 constexpr int BARRIERS = 2 * SLOTS + 4;
 constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f;
 static_assert((DIM == 64 || DIM == 128) && (ROPE == 0 || ROPE == DIM) && SHARING <= ROWS && WARPS == 12, "shapes");

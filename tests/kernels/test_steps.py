@@ -562,7 +562,10 @@ def test_numbers_of_a_padded_prefill(checkpoint, launch):
 
 @torch.inference_mode()
 def test_numbers_of_a_padded_mixed_step(checkpoint, launch):
-    """Sequences of prompts follow all decodes, tokens those that there are; rows are in the order of the batch."""
+    """Sequences of prompts follow all decodes, tokens those that there are; rows are in the order of the batch.
+
+    Tiles that see more keys come later.
+    """
     limits = Limits(max_batch_size=4, max_num_tokens=16, max_seq_len=64, kv_block_size=8, kv_blocks=99, kv_dtype="fp32")
     steps = StepsRunner(checkpoint, limits, launch, CPU).steps
     batch = [
@@ -586,7 +589,7 @@ def test_numbers_of_a_padded_mixed_step(checkpoint, launch):
         assert inputs.field(name, len(values)).tolist() == values, name
     assert inputs.field("starts", 9).tolist()[4:7] == [2, 5, 7]
     tiles = np.array(inputs.field("tiles", 2 * shape.tiles)).reshape(-1, 2).tolist()
-    assert tiles[:2] == [[4, 0], [5, 0]] and all(sequence == -1 for sequence, _ in tiles[2:])
+    assert tiles[:2] == [[5, 0], [4, 0]] and all(sequence == -1 for sequence, _ in tiles[2:])
     (table,) = steps.tables.device
     assert [table[row, 0].item() for row in (0, 1, 4, 5)] == [1, 3, 4, 5] and table[0, 1] == 2
 
