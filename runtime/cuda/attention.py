@@ -533,7 +533,7 @@ class CachedAttention:
         shape: PrefillShape | None = None,
     ) -> None:
         """`prefill` by prefill.cu, where that `fits_prefill`."""
-        kv_heads, shape = self.keys.shape[1], shape or PrefillShape()
+        kv_heads, shape = self.keys.shape[1], shape or PrefillShape(turns=self.dim == 128)
         norm = self.rotation.q_norm or _UNCHANGED
         args = (
             q, *self.rotation.angles, norm.weight, self.keys, self.values, self.table, step.lengths, step.starts,

@@ -2,8 +2,10 @@
 
     y [M, N] = x [M, K] · w [N, K]ᵀ (+ bias [N]) (+ what y held before)
 
-x and w are of one dtype: fp32, fp16, bf16, or e4m3 codes with scales; sums are in fp32. All is row-major. cuBLAS counts
-along columns first, so for it w is A, a K × N matrix to be transposed, x is B, K × M, and y is C and D, N × M.
+x and w are of one dtype: fp32, fp16, bf16, or e4m3 codes with scales. Sums are in fp32; those of codes as tensor cores
+keep them, with fewer bits: on an H100 products of 2048 tokens take 3 to 11% less time so, and are off by 0.2 to 0.3%, which
+is less than a tenth of what rounding to codes costs. All is row-major. cuBLAS counts along columns first, so for it w is
+A, a K × N matrix to be transposed, x is B, K × M, and y is C and D, N × M.
 
 torch takes the algorithm that cuBLAS's heuristic likes best. `builder.cuda.tune` times others too and keeps a `Table`
 beside an engine's kernels; algorithms are numbers that mean something to one version of the library. The library is
@@ -352,7 +354,7 @@ class _Plan:
             lt.set(self.desc, _EPILOGUE, _EPILOGUE_BIAS)
             lt.set(self.desc, _BIAS_POINTER, anywhere)
         if problem.scales != "none":
-            lt.set(self.desc, _FAST_SUMS, 0)
+            lt.set(self.desc, _FAST_SUMS, 1)
             for mode, scale in zip(_SCALE_MODES, _SCALE_POINTERS, strict=True):
                 if problem.scales == "row":
                     lt.set(self.desc, mode, _SCALE_BY_ROW)

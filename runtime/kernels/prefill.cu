@@ -31,6 +31,7 @@ constexpr int PIECES = DIM / 8;   // of 8 features in a row
 constexpr int COPIERS = 64, RESTING = DIM == 64 ? 120 : 88, WORKING = DIM == 64 ? 192 : 208;  // threads; registers
 constexpr int BARRIERS = 2 * SLOTS + 4;
 constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f;
+constexpr float SLACK = 8;  // what a score, as a power of two, may be above the peak that is known
 static_assert((DIM == 64 || DIM == 128) && (ROPE == 0 || ROPE == DIM) && SHARING <= ROWS && WARPS == 12, "shapes");
 static_assert(RESTING + 2 * WORKING <= 3 * 168, "who asks for more registers than 168 * 384 waits forever");
 static_assert(BLOCK_SIZE % 8 == 0 && KEYS % BLOCK_SIZE == 0, "a page lies in one tile");
@@ -324,7 +325,8 @@ struct Rows {
                 }
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            const float higher = fmaxf(peak[h], most * factor);
+            // What was summed is scaled anew only where weights would grow: mostly for the first tiles.
+            const float higher = most * factor > peak[h] + SLACK ? most * factor : peak[h];
             fading[h] = exp2_of(peak[h] - higher);
             peak[h] = higher;
             float sum = 0;
@@ -544,7 +546,8 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
         settled(y);                                                                                                    \
         settled(weights);                                                                                              \
         RELEASE(of_values);                                                                                            \
-        _Pragma("unroll") for (int i = 0; i < DIM / 2; i++) y[i] *= fading[i / 2 % 2];                                 \
+        if (__any_sync(~0u, fading[0] != 1 || fading[1] != 1))                                                         \
+            _Pragma("unroll") for (int i = 0; i < DIM / 2; i++) y[i] *= fading[i / 2 % 2];                             \
         pack(weights, scores);                                                                                         \
     }
             if (start > 0 && start > first + 1) STEP(true);

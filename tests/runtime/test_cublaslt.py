@@ -102,7 +102,7 @@ class FakeLibrary(Library):
     ) -> int:  # fmt: skip
         """D = alpha * Aᵀ · B + beta * C, by columns, and what the epilogue adds."""
         told = self.known[desc]
-        assert told["transa"] == 1 and told["fast_accum"] == 0
+        assert told["transa"] == 1 and told["fast_accum"] == 1
         left, right = self._matrix(a, a_at).T, self._matrix(b, b_at)
         product = left.double() @ right.double()
         if "a_scale" in told:
@@ -410,7 +410,7 @@ def test_library_takes_the_descriptors(real, bias, kind):
         told[name] = value.value
     pointers = {"bias": 4096 * bias, **dict.fromkeys(("a_scale", "b_scale"), 4096 * (scales != "none"))}
     mode = 3 * (scales == "row")
-    expected = {"transa": 1, "epilogue": 4 if bias else 1, "fast_accum": 0, "a_mode": mode, "b_mode": mode, **pointers}
+    expected = {"transa": 1, "epilogue": 4 if bias else 1, "fast_accum": 1, "a_mode": mode, "b_mode": mode, **pointers}
     assert told == expected
 
 
