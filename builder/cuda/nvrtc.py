@@ -6,13 +6,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from trtx.runtime.cuda.launch import Constant, Variant
+from trtx.runtime.cuda.launch import HOPPER, Constant, Variant
 
 OLDEST = 12, 8
 """The version that first knew every compute capability which kernels are compiled for."""
-
-_SPECIFIC = {"prefill"}
-"""Kernels with instructions of one compute capability and of none after it ('sm_90a')."""
 
 
 @cache
@@ -51,7 +48,7 @@ def compile_native(variant: Variant, sm: str, options: tuple[str, ...] = ()) -> 
     """
     from cuda.bindings import nvrtc
 
-    target = f"sm_{sm.replace('.', '')}" + ("a" if variant.function in _SPECIFIC else "")
+    target = f"sm_{sm.replace('.', '')}" + ("a" if variant.kernel in HOPPER else "")
     program = checked(nvrtc.nvrtcCreateProgram(source(variant).encode(), variant.function.encode(), 0, [], []))
     try:
         chosen = [option.encode() for option in (f"--gpu-architecture={target}", *options)]

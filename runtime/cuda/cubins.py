@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trtx.converters.errors import InputError, MissingPackageError
-from trtx.runtime.cuda.launch import Arguments, Constants, How, Launch, Variant, type_of
+from trtx.runtime.cuda.launch import HOPPER, Arguments, Constants, How, Launch, Variant, type_of
 
 INDEX = "index.json"
 
@@ -105,7 +105,7 @@ class CubinLaunch(Launch):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: its kernels can't be read ({error}).", "Build the engine again.") from error
         self.native = any(cubin.variant.native for cubin in found)
-        self.hopper = any(cubin.variant.kernel == "cu.prefill" for cubin in found)
+        self.hopper = any(cubin.variant.kernel in HOPPER for cubin in found)
         torch.cuda.current_stream(device)  # the context has to stand
         self._kernels = {cubin.variant: Kernel(self._driver, cubin, code[cubin.file]) for cubin in found}
         self._known: dict[tuple[Any, ...], Kernel] = {}

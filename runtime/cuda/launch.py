@@ -33,6 +33,9 @@ H100_SHARED = 227 << 10
 LIBRARY = "matrix products (library)"
 """What stands for the kernels of cuBLAS and its like, where kernels are named."""
 
+HOPPER = frozenset({"cu.gated", "cu.prefill"})
+"""Kernels with instructions of compute capability 9.0 and of none after it ('sm_90a')."""
+
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",

@@ -21,6 +21,7 @@
 #define BYTES 2
 #include "common.cu"
 #include "mma.cu"
+#include "hopper.cu"
 
 enum Norm { none, rms, unit };
 
@@ -42,51 +43,11 @@ __device__ __forceinline__ float exp2_of(float v) {
     return y;
 }
 
-__device__ __forceinline__ unsigned pair(float low, float high) {
-    unsigned v;
-    if (HALF)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-
-__device__ __forceinline__ unsigned shared_address(const void* at) { return (unsigned)__cvta_generic_to_shared(at); }
-
-// Barriers in shared memory, at an address there.
-__device__ __forceinline__ void barrier_init(unsigned at, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(at), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(unsigned at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(at) : "memory");
-}
-__device__ __forceinline__ bool barrier_passed(unsigned at, int parity) {
-    unsigned done;
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
-    return done;
-}
 __device__ __forceinline__ bool barrier_passed_now(unsigned at, int parity) {
     unsigned done;
     asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done) : "r"(at), "r"(parity) : "memory");
     return done;
-}
-__device__ __forceinline__ void barrier_wait(unsigned at, int parity) {
-    while (!barrier_passed(at, parity)) {}
-}
-
-// Barriers of warpgroups, by number.
-__device__ __forceinline__ void meet(int number, int threads) {
-    asm volatile("bar.sync %0, %1;" : : "r"(number), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void announce(int number, int threads) {
-    asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory");
-}
-
-// What was stored in shared memory is what tensor cores read.
-__device__ __forceinline__ void fence_for_tensor_cores() {
-    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
 
 // 16 bytes into shared memory; of them `present` are read, and the others are 0.
@@ -97,30 +58,6 @@ __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_gro
 template <int PENDING> __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
 }
-
-// A matrix in shared memory for wgmma, swizzled by 128 bytes; 8 rows are 1024 bytes after the 8 before them, and (of
-// N-major ones) 64 columns HALF_TILE bytes after the 64 before them.
-__device__ __forceinline__ unsigned long long matrix(unsigned at) {
-    return (unsigned long long)((at & 0x3FFFF) >> 4) | (unsigned long long)(HALF_TILE >> 4) << 16 |
-           (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
-}
-
-#if HALF
-#define TYPES "f32.f16.f16"
-#else
-#define TYPES "f32.bf16.bf16"
-#endif
-#define F8(d, i)                                                                                                       \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
-        "+f"(d[i + 7])
-#define F32(d) F8(d, 0), F8(d, 8), F8(d, 16), F8(d, 24)
-#define F64(d) F32(d), F8(d, 32), F8(d, 40), F8(d, 48), F8(d, 56)
-#define LIST32                                                                                                         \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                          \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define LIST64                                                                                                         \
-    LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                         \
-           "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // c [64, 128] = or += a [64, 16] times b [128, 16] transposed, both in shared memory.
 __device__ __forceinline__ void multiply_queries(float (&c)[64], unsigned long long a, unsigned long long b, int add) {
@@ -137,17 +74,6 @@ __device__ __forceinline__ void multiply_weights(float (&c)[64], const unsigned 
 __device__ __forceinline__ void multiply_weights(float (&c)[32], const unsigned (&a)[4], unsigned long long b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." TYPES " " LIST32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
                  : F32(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
-__device__ __forceinline__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
-template <int PENDING> __device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
-}
-
-// What is computed before stays before, and after, after.
-template <int N> __device__ __forceinline__ void settled(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i]) : : "memory");
 }
 template <int N> __device__ __forceinline__ void settled(unsigned (&x)[N][4]) {
 #pragma unroll
@@ -290,14 +216,6 @@ __device__ __forceinline__ void copy_tile(unsigned to, const unsigned char* cach
     }
 }
 
-// A turn in the ring.
-struct Turn {
-    int slot = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
-    }
-};
-
 // A lane's part of 64 rows: of each i there are columns 8 (i / 4) + 2t + i % 2, of row g, and 8 below if i & 2.
 struct Rows {
     float peak[2], total[2];
@@ -350,7 +268,7 @@ __device__ __forceinline__ void pack(unsigned (&weights)[KEYS / 16][4], const fl
 
 // scores = queries times keys, both in shared memory.
 __device__ __forceinline__ void multiply_tile(float (&scores)[64], unsigned long long queries, unsigned keys) {
-    const unsigned long long b = matrix(keys);
+    const unsigned long long b = matrix(keys, HALF_TILE);
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++) {
         const int along = (i / 4 * HALF_TILE + i % 4 * 32) >> 4;
@@ -361,7 +279,7 @@ __device__ __forceinline__ void multiply_tile(float (&scores)[64], unsigned long
 // y += weights times values in shared memory.
 __device__ __forceinline__ void multiply_tile(float (&y)[DIM / 2], const unsigned (&weights)[KEYS / 16][4],
                                               unsigned values) {
-    const unsigned long long b = matrix(values);
+    const unsigned long long b = matrix(values, HALF_TILE);
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) multiply_weights(y, weights[i], b + (i * 16 * 128 >> 4));
 }
@@ -494,7 +412,7 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
                 barrier_wait(QUERIES_FULL(which), (ordinal - 1) / 2 % 2);
                 work = prepared[which];
             }
-            const unsigned long long a = matrix(shared_address(mine) + group * 64 * 128);
+            const unsigned long long a = matrix(shared_address(mine) + group * 64 * 128, HALF_TILE);
             const int count = work.tiles_of_keys(), first = work.past + work.first_row;
             const int seen[2] = {first + (first_of_warp + g) / SHARING, first + (first_of_warp + g + 8) / SHARING};
             Rows rows = {{UNSEEN, UNSEEN}, {0, 0}};
