@@ -52,7 +52,7 @@ __device__ __forceinline__ float gate(float x, float up) {
         const float u = KIND == gelu_tanh    ? 1.5957691216057308f * (x + 0.044715f * x * x * x)
                         : KIND == quick_gelu ? 1.702f * x
                                              : x;
-        y = x / (1 + __expf(-u));
+        y = __fdividef(x, 1 + __expf(-u));  // a division as IEEE wants it would branch, for each x
     }
     return y * (up + OFFSET);
 }
