@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trtx.converters.errors import InputError, MissingPackageError
-from trtx.runtime.cuda.launch import HOPPER, Arguments, Constants, How, Launch, Variant, type_of
+from trtx.runtime.cuda.launch import HOPPER, Argument, Arguments, Constants, How, Launch, TensorMap, Variant, type_of
 
 INDEX = "index.json"
 
@@ -107,7 +107,8 @@ class CubinLaunch(Launch):
         self.native = any(cubin.variant.native for cubin in found)
         self.hopper = any(cubin.variant.kernel in HOPPER for cubin in found)
         torch.cuda.current_stream(device)  # the context has to stand
-        self._kernels = {cubin.variant: Kernel(self._driver, cubin, code[cubin.file]) for cubin in found}
+        maps = Maps(self._driver)
+        self._kernels = {cubin.variant: Kernel(self._driver, cubin, code[cubin.file], maps) for cubin in found}
         self._known: dict[tuple[Any, ...], Kernel] = {}
 
     def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
@@ -124,15 +125,65 @@ class CubinLaunch(Launch):
         found(grid, args, torch.cuda.current_stream(self._index).cuda_stream)
 
 
-class Kernel:
-    """An entry point in machine code, with a buffer for its arguments: eight bytes each.
+MAP_BYTES = 128
+"""Of a map, encoded."""
+
+MAPS = 4096
+"""Encoded maps that are kept: those of weights, and of what is multiplied with them in captured and other steps."""
+
+
+class Maps:
+    """Encodes maps (`TensorMap`), or has done so before.
 
     Args:
         driver: `cuda.bindings.driver`.
     """
 
-    def __init__(self, driver: Any, cubin: Cubin, code: bytes) -> None:
+    def __init__(self, driver: Any) -> None:
         self._driver = driver
+        self._known: dict[tuple[int, int, int, int, int], Any] = {}
+
+    def address(self, given: TensorMap) -> int:
+        """Where the bytes of a map are, at least until the next call."""
+        tensor, (rows, columns), size = given.tensor, given.tensor.shape, given.tensor.itemsize
+        key = tensor.data_ptr(), rows, columns, size, given.rows
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= MAPS:
+                self._known.clear()
+            found = self._known[key] = self._encoded(*key)
+        return int(found.getPtr())
+
+    def _encoded(self, address: int, rows: int, columns: int, size: int, box: int) -> Any:
+        driver, kinds = self._driver, self._driver.CUtensorMapDataType
+        long, short = driver.cuuint64_t, driver.cuuint32_t
+        return checked(
+            driver.cuTensorMapEncodeTiled(
+                kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                2,
+                address,
+                [long(columns), long(rows)],
+                [long(columns * size)],
+                [short(128 // size), short(box)],
+                [short(1), short(1)],
+                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        )
+
+
+class Kernel:
+    """An entry point in machine code, with a buffer for its arguments: eight bytes each, but for maps.
+
+    Args:
+        driver: `cuda.bindings.driver`.
+        maps: encodes those among the arguments.
+    """
+
+    def __init__(self, driver: Any, cubin: Cubin, code: bytes, maps: Maps | None = None) -> None:
+        self._driver, self._maps = driver, maps or Maps(driver)
         self._module = checked(driver.cuModuleLoadData(code))
         self._function = checked(driver.cuModuleGetFunction(self._module, cubin.symbol.encode()))
         if cubin.shared_bytes > 48 << 10:
@@ -148,6 +199,11 @@ class Kernel:
         base, count = ctypes.addressof(self._values), len(kinds)
         self._pointers = (ctypes.c_void_p * count)(*(base + 8 * index for index in range(count)))
         self._address = ctypes.addressof(self._pointers)
+        self._mapped = {
+            index: ctypes.create_string_buffer(MAP_BYTES) for index, kind in enumerate(present) if kind == "map"
+        }
+        for index, place in self._mapped.items():
+            self._pointers[index] = ctypes.addressof(place)
         self._config = config = driver.CUlaunchConfig()
         config.blockDimX, config.blockDimY, config.blockDimZ = 32 * cubin.variant.warps, 1, 1
         config.sharedMemBytes = cubin.shared_bytes
@@ -158,10 +214,21 @@ class Kernel:
             config.attrs, config.numAttrs = [attribute], 1
 
     def __call__(self, grid: tuple[int, ...], args: Arguments, stream: int) -> None:
-        given = args if self._native else (arg for arg in args if arg is not None)
+        given: Iterable[Any] = args if self._native else (arg for arg in args if arg is not None)
+        if self._mapped:
+            given = self._without_maps(args)
         values = [arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in given]
         self._format.pack_into(self._values, 0, *values, *self._scratch)
         config = self._config
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.hStream = stream
         checked(self._driver.cuLaunchKernelEx(config, self._function, self._address, 0))
+
+    def _without_maps(self, args: Arguments) -> list[Argument]:
+        """Arguments with None for maps, which go to places of their own."""
+        given = list(args)
+        for index, place in self._mapped.items():
+            argument, given[index] = args[index], None
+            assert isinstance(argument, TensorMap)
+            ctypes.memmove(place, self._maps.address(argument), MAP_BYTES)
+        return given

@@ -20,7 +20,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from trtx.runtime.cuda.cublaslt import Products
 
-Argument = Tensor | int | float | None
+
+class TensorMap(NamedTuple):
+    """A contiguous matrix [rows, multiple of 16 bytes] that a kernel copies boxes of: `rows` of 128 bytes, swizzled."""
+
+    tensor: Tensor
+    rows: int
+
+
+Argument = Tensor | TensorMap | int | float | None
 Constant = int | float | bool | str | None
 Arguments = tuple[Argument, ...]
 Constants = Mapping[str, Constant]
@@ -49,7 +57,7 @@ class Variant:
 
     Attributes:
         kernel: 'module.function' in `runtime.kernels`, or 'cu.function' in function.cu there.
-        types: of the run-time arguments, in Triton's words; 'none' for one that is absent.
+        types: of the run-time arguments, in Triton's words; 'none' for one that is absent, 'map' for a `TensorMap`.
         constants: by parameter name, in the order of the names.
         warps, stages: threads / 32 of a program, and the depth of its software pipeline.
         pdl: programmatic dependent launch.
@@ -129,7 +137,7 @@ class Launch(ABC):
         Args:
             kernel: as in `Variant`; in CUDA C++ only where these are `native`.
             grid: programs along up to three axes.
-            args: run-time arguments: tensors (as pointers), int32, fp32, or None for a pointer that is absent.
+            args: run-time arguments: tensors (as pointers or maps), int32, fp32, or None for a pointer that is absent.
             constants: the other parameters, by name; `PDL` is added where the kernel is launched so.
             pdl: the kernel knows `PDL`.
             registers: the most that a thread may take, so that more programs fit side by side; 0: any number.
@@ -151,9 +159,11 @@ class Launch(ABC):
 
 
 def type_of(argument: Argument) -> str:
-    """A run-time argument's type in Triton's words."""
+    """A run-time argument's type, as in `Variant`."""
     if isinstance(argument, Tensor):
         return POINTERS[argument.dtype]
+    if isinstance(argument, TensorMap):
+        return "map"
     if argument is None:
         return "none"
     return "fp32" if isinstance(argument, float) else "i32"

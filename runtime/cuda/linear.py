@@ -4,7 +4,8 @@
     1         `gemv`: each program reads a few rows of the weight; bound by reading it
     to 16     few.cu, where it fits: tensor cores; still bound by reading it
     few       `skinny`: the same by Triton, programs share the K of a tile
-    more      cuBLAS, on codes of 8 bits where it takes them, else on the weight dequantized for the call
+    more      of a gated MLP gated.cu, where it fits; else cuBLAS, on codes of 8 bits where it takes them, or on the
+              weight dequantized for the call
 
 Weights of 4 bits have kernels of their own, `gemv4` and `skinny4`; up to 128 tokens, 64 at a time are less
 work than dequantizing.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from torch import Tensor
 from trtx.converters.spec import Activation
 from trtx.quantize.formats import E4M3, FORMATS, Format
 from trtx.quantize.weight import LinearWeight
-from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, power_of_two
+from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, TensorMap, power_of_two
 
 SKINNY, SKINNY_LARGE = 64, 16
 """The most tokens that `skinny` multiplies, measured against cuBLAS on an H100: of a gated MLP, whose activation cuBLAS
@@ -37,6 +39,9 @@ _LARGE = 1 << 24
 SKINNY_WORDS = 128
 """The most tokens that `skinny4` multiplies, `SKINNY` at a time: 128 took an H100 26.9 ms so, in Llama-3.1-8B, and 32.8
 with weights dequantized."""
+
+_GATED_TILE = 128
+"""Tokens, and outputs, of a tile of gated.cu."""
 
 _PROGRAMS = 264
 """Programs that keep an H100 busy: two for each of its multiprocessors."""
@@ -214,6 +219,10 @@ class Codes:
     def __len__(self) -> int:
         return len(self.codes)
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
 
 def linear(launch: Launch, x: Tensor | Codes, w: CudaLinear, add_to: Tensor | None = None) -> Tensor:
     """x [M, K] times the weight, plus its bias → [M, N].
@@ -234,14 +243,92 @@ def gated(
     """
     if len(x) <= most_tokens(w, x.dtype, gated=True):
         return _linear(launch, x, w, activation, None)
-    y = _linear(launch, x, w, None, None)
-    return gated_activation(launch, y, activation, reader if reader and takes_codes(y, reader) else None)
+    reader = reader if reader and takes_codes(x, reader) else None
+    if launch.native and launch.hopper and fits_gated(w, x.dtype):
+        return gated_natively(launch, x, w, activation, reader)
+    return gated_activation(launch, _linear(launch, x, w, None, None), activation, reader)
 
 
-def takes_codes(x: Tensor, w: CudaLinear) -> bool:
+def takes_codes(x: Tensor | Codes, w: CudaLinear) -> bool:
     """Whether as many tokens as x has are multiplied as e4m3 codes with one scale, so that `Codes` may come instead."""
     few = len(x) <= most_tokens(w, x.dtype, gated=False)
     return not few and w.way.input == "e4m3" and w.rounding is None and _multiplies_codes(x, w)
+
+
+class GatedShape(NamedTuple):
+    """How gated.cu is launched: see there.
+
+    Attributes:
+        group: tiles of tokens, or pairs of those that share the weight.
+        programs: at most.
+    """
+
+    slots: int = 4
+    lead: int = 2
+    token_mates: int = 2
+    output_mates: int = 1
+    group: int = 8
+    programs: int = 132
+
+
+def gated_shape(m: int, outputs: int) -> GatedShape:
+    """For m tokens: where they are one tile, two programs share it, if tiles of outputs are even in number."""
+    if m > _GATED_TILE:
+        return GatedShape()
+    return GatedShape(token_mates=1, output_mates=1 if outputs // _GATED_TILE % 2 else 2)
+
+
+def fits_gated(w: CudaLinear, dtype: torch.dtype) -> bool:
+    """Whether gated.cu knows the weight of a gated MLP for x of a dtype."""
+    kinds = w.weight.dtype == dtype or (w.weight.dtype == E4M3 and w.way.input in ("e4m3", "by token"))
+    line = w.weight.shape[1] * w.weight.itemsize
+    return dtype.itemsize == 2 and kinds and w.out_features % (2 * _GATED_TILE) == 0 and line % 128 == 0
+
+
+def gated_natively(
+    launch: Launch,
+    x: Tensor | Codes,
+    w: CudaLinear,
+    activation: Activation,
+    reader: CudaLinear | None = None,
+    shape: GatedShape | None = None,
+) -> Tensor | Codes:
+    """`gated` of any number of tokens by gated.cu, where that `fits_gated`; codes, if there is a reader."""
+    dtype, given, by_token = x.dtype, x, None
+    if not isinstance(given, Codes):
+        given = given.contiguous()
+        if w.rounding is not None:
+            given = w.rounding.activation(given, w.tensors)
+        if w.weight.dtype == E4M3 or w.smooth is not None:
+            given, by_token = quantize(launch, given, w)
+    operand = given.codes if isinstance(given, Codes) else given
+    m, n, codes = len(operand), w.out_features // 2, w.weight.dtype == E4M3
+    shape = shape or gated_shape(m, n)
+    out = operand.new_empty(m, n, dtype=E4M3 if reader else dtype)
+    smooth = reader.smooth if reader else None
+    tiles = -(-m // (_GATED_TILE * shape.token_mates)) * (n // (_GATED_TILE * shape.output_mates))
+    mates = shape.token_mates * shape.output_mates
+    shared = shape.slots * (3 * 128 * _GATED_TILE + 16) + (16 << 10) * (1 if reader else 2) + 1024
+    launch(
+        "cu.gated",
+        (mates * min(tiles, shape.programs // mates),),
+        (
+            TensorMap(operand, _GATED_TILE // shape.output_mates), TensorMap(w.weight, _GATED_TILE),
+            TensorMap(out, 16), _step(w, by_token) if codes else None, w.scale if codes else None, w.bias,
+            reader.scales if reader else None, smooth, m,
+        ),
+        {
+            **_activation(activation), "N": n, "K": w.in_features, "BYTES": w.weight.itemsize,
+            "HALF": dtype == torch.float16, "BIAS": w.bias is not None, "BY_ROW": by_token is not None,
+            "CODES": reader is not None, "SMOOTH": smooth is not None, "SLOTS": shape.slots, "LEAD": shape.lead,
+            "TOKEN_MATES": shape.token_mates, "OUTPUT_MATES": shape.output_mates, "GROUP": shape.group,
+            "SHARED": shared,
+        },
+        warps=12,
+        stages=1,
+        pdl=True,
+    )  # fmt: skip
+    return Codes(out, dtype) if reader else out
 
 
 def gated_activation(
@@ -613,7 +700,7 @@ def _added(y: Tensor, to: Tensor | None) -> Tensor:
     return y if to is None else to.add_(y)
 
 
-def _multiplies_codes(x: Tensor, w: CudaLinear) -> bool:
+def _multiplies_codes(x: Tensor | Codes, w: CudaLinear) -> bool:
     """Whether cuBLAS multiplies these codes: on a GPU, 16-bit outputs (bf16 if by token), sizes in multiples of 16."""
     outputs = (torch.bfloat16,) if w.way.input == "by token" else (torch.bfloat16, torch.float16)
     return x.device.type != "cpu" and x.dtype in outputs and not w.in_features % 16 and not w.out_features % 16

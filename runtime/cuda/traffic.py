@@ -29,7 +29,7 @@ from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime.batch import SequenceSlice
 from trtx.runtime.cuda.deferred import Deferred
 from trtx.runtime.cuda.kv_cache import CudaKVCache
-from trtx.runtime.cuda.launch import H100_SHARED, LIBRARY, Arguments, Constants, How, Launch
+from trtx.runtime.cuda.launch import H100_SHARED, LIBRARY, Arguments, Constants, How, Launch, TensorMap
 from trtx.runtime.cuda.meta import META, meta_steps
 from trtx.runtime.cuda.ops import CudaOps
 from trtx.runtime.cuda.step import CudaStep
@@ -120,7 +120,8 @@ class _Count(Launch):
         self.uncounted.update(map(_storage, [*attention.tables, attention.counters]))
 
     def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
-        given = [arg for arg in args if isinstance(arg, Tensor) and _storage(arg) not in self.uncounted]
+        tensors = (arg.tensor if isinstance(arg, TensorMap) else arg for arg in args)
+        given = [arg for arg in tensors if isinstance(arg, Tensor) and _storage(arg) not in self.uncounted]
         if any(_storage(tensor) in self.cache for tensor in given):
             self.bytes[kernel] += self._with_cache(kernel, grid[0], given)
         elif kernel == "elementwise.embed":
