@@ -146,8 +146,10 @@ __device__ __forceinline__ float2 between(float low, float high, float2 scale, f
     return make_float2(number(both & 0xFFFF), number(both >> 16));
 }
 
-__device__ __forceinline__ float2 numbers(const unsigned short* at) {
-    const unsigned both = *(const unsigned*)at;
+// Two of a weight's numbers. They are read with .nc, so that those of all columns are asked for ahead of stores.
+__device__ __forceinline__ float2 pair_at(const float* at) { return __ldg((const float2*)at); }
+__device__ __forceinline__ float2 pair_at(const unsigned short* at) {
+    const unsigned both = __ldg((const unsigned*)at);
     return make_float2(number(both & 0xFFFF), number(both >> 16));
 }
 
@@ -216,12 +218,17 @@ gated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap wei
         const int group = warp / 4 - 1, g = lane / 4, t = lane % 4;
         const int first = 64 * group + warp % 4 * 16;  // row of the warp
         unsigned char* const mine = base + SLOTS * SLOT + (warp - 4) * BOXES * BOX;
-        float sums[128];
+        float sums[128], steps[2] = {};
         int begun = 0;
         wait_for_others();
+        if (BYTES == 1 && !BY_ROW) steps[0] = steps[1] = *step * *scale;
+        const float codes_per_one = CODES ? *code_scales : 1;
         if (WAITING && group == 1) meet(1, 256);
 #pragma unroll 1
         for (int work = blockIdx.x / MATES; work < works; work += clusters) {
+            place.find(work, tiles, mate);
+            const int row = place.token + first;
+            if (BY_ROW) steps[0] = step[min(row + g, m - 1)], steps[1] = step[min(row + 8 + g, m - 1)];
             settled(sums);
 #pragma unroll 1
             for (int i = 0; i < STEPS; i++) {
@@ -241,25 +248,16 @@ gated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap wei
             settled(sums);
             if (lane < MATES) barrier_arrive_at(EMPTY((turn.slot + SLOTS - 1) % SLOTS), lane);
 
-            place.find(work, tiles, mate);
-            const int row = place.token + first;
             if (row >= m) continue;
-            float steps[2] = {};
-            if (BYTES == 1) {
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-                    steps[h] = BY_ROW ? step[min(row + 8 * h + g, m - 1)] : *step * *scale;
-            }
-            const float codes_per_one = CODES ? *code_scales : 1;
             if (lane == 0) stores_wait_read();
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < 16; j++) {
                 const int column = place.output + 8 * j + 2 * t;
                 float2 by[2] = {make_float2(1, 1), make_float2(1, 1)}, plus[2] = {}, smoothing = make_float2(1, 1);
-                if (BY_ROW) by[0] = *(const float2*)(scale + column), by[1] = *(const float2*)(scale + N + column);
-                if (BIAS) plus[0] = numbers(bias + column), plus[1] = numbers(bias + N + column);
-                if (SMOOTH) smoothing = *(const float2*)(smooth + column);
+                if (BY_ROW) by[0] = pair_at(scale + column), by[1] = pair_at(scale + N + column);
+                if (BIAS) plus[0] = pair_at(bias + column), plus[1] = pair_at(bias + N + column);
+                if (SMOOTH) smoothing = pair_at(smooth + column);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     const int i = 4 * j + 2 * h;
