@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trtx.builder.cache import cache_folder, replace_file
+from trtx.builder.cuda.nvrtc import nvrtc_version
 from trtx.builder.gpus import Target, resolve
 from trtx.builder.sizing import Sizing
 from trtx.converters.convert import Progress
@@ -29,7 +30,7 @@ from trtx.converters.spec import Module
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.quantize.weight import LinearWeight, fusable
 from trtx.runtime.cuda.cublaslt import TABLE, Algorithm, CublasError, Problem, Products, Table, Tuned
-from trtx.runtime.cuda.linear import dense, kernel_layout, most_tokens, resident
+from trtx.runtime.cuda.linear import dense, fits_gated, kernel_layout, most_tokens, resident
 from trtx.runtime.cuda.ops import is_expert
 from trtx.runtime.cuda.shapes import batch_sizes
 from trtx.runtime.weights import WeightStore, fused_groups
@@ -96,6 +97,8 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     tokens = {*decodes, *powers, most}
     found: dict[Problem, None] = {}
 
+    native = sizing.target.gpu is not None and sizing.target.gpu.sm == "9.0" and bool(nvrtc_version())
+
     def add(kind: Problem, few: int, counts: Iterable[int]) -> None:
         found.update((kind._replace(m=count), None) for count in counts if count > few)
 
@@ -104,7 +107,9 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
             continue
         whole = checkpoint is None or fusable([store.linear(it) for it in modules], store.stored(modules[0]))
         for members in [modules] if whole else [[module] for module in modules]:
-            add(*_problem(store, name, members, dtype), decodes if name == "lm_head" else tokens)
+            problem, few, gated = _problem(store, name, members, dtype)
+            if not (native and gated):
+                add(problem, few, decodes if name == "lm_head" else tokens)
     if config.spec.tied_embeddings:
         size = config.spec.vocab_size, config.spec.hidden_size
         head = dense("lm_head", torch.empty(size, dtype=dtype, device="meta"), (size[0],))
@@ -112,8 +117,10 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     return sorted(found, key=lambda problem: (problem.m not in (most, *powers), -problem.m))
 
 
-def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.dtype) -> tuple[Problem, int]:
+def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.dtype) -> tuple[Problem, int, bool]:
     """How linears that are used as one are multiplied, m left open, and the most tokens for which cuBLAS is not asked.
+
+    Also whether gated.cu multiplies more, where that is there.
 
     Those of blocks that are added to the residual stream are measured so.
     """
@@ -132,7 +139,8 @@ def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.
         scales = "none"
     add = name.endswith((".o", ".down"))
     problem = Problem(dtype if scales == "none" else E4M3, dtype, 0, n, k, bias, add, scales)
-    return problem, most_tokens(w, dtype, gated=name.endswith(".gate_up") and len(modules) == 2)
+    gated = name.endswith(".gate_up") and len(modules) == 2
+    return problem, most_tokens(w, dtype, gated), gated and fits_gated(w, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -272,10 +272,12 @@ class GatedShape(NamedTuple):
 
 
 def gated_shape(m: int, outputs: int) -> GatedShape:
-    """For m tokens: where they are one tile, two programs share it, if tiles of outputs are even in number."""
-    if m > _GATED_TILE:
-        return GatedShape()
-    return GatedShape(token_mates=1, output_mates=1 if outputs // _GATED_TILE % 2 else 2)
+    """For m tokens: programs share the weight, unless fewer rounds are needed where they share tokens."""
+    tokens, tiles, pairs = -(-m // _GATED_TILE), outputs // _GATED_TILE, GatedShape().programs // 2
+    if tiles % 2:
+        return GatedShape(token_mates=1) if tokens == 1 else GatedShape()
+    rounds, others = -(-(-(-tokens // 2) * tiles) // pairs), -(-tokens * tiles // 2 // pairs)
+    return GatedShape(token_mates=1, output_mates=2) if tokens == 1 or others < rounds else GatedShape()
 
 
 def fits_gated(w: CudaLinear, dtype: torch.dtype) -> bool:
