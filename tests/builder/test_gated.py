@@ -1,0 +1,110 @@
+"""gated.cu: compiled for a GPU that is not here, chosen where it fits, and held by engines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.builder.test_cuda import assert_is_machine_code, kernels_of, small
+from tests.builder.test_decode import empty
+from tests.builder.test_nvrtc import wide
+from trtx.builder.build import prepare
+from trtx.builder.cuda import nvrtc, tune
+from trtx.converters.spec import Activation
+from trtx.quantize.formats import E4M3, FORMATS
+from trtx.runtime.cuda import linear
+from trtx.runtime.cuda.launch import H100_SHARED, RecordLaunch, Variant
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def resident(form: str, n: int, k: int, dtype: torch.dtype, bias: bool = False) -> linear.CudaLinear:
+    tensors = {
+        "weight": empty(n, k, dtype=dtype if form == "none" else E4M3),
+        "weight_scale": empty(*([n] if form in ("fp8_pc_pt", "fp8_wo") else [])),
+        "input_scale": empty(),
+        **({"pre_quant_scale": empty(k)} if form == "w4a8_awq" else {}),
+        **({"bias": empty(n, dtype=dtype)} if bias else {}),
+    }
+    return linear.resident("w", FORMATS[form], tensors, (n // 2, n // 2), dtype)
+
+
+def recorded(
+    form: str = "none", m: int = 2048, n: int = 28672, k: int = 4096, dtype: torch.dtype = BF16, bias: bool = False,
+    reader: str | None = None, activation: Activation | None = None, native: bool = True, hopper: bool = True,
+) -> Variant:  # fmt: skip
+    """What the MLP of m tokens launches last."""
+    launch = RecordLaunch(True, native=native, hopper=hopper)
+    read_by = resident(reader, 4096, n // 2, dtype) if reader else None
+    w, x = resident(form, n, k, dtype, bias), empty(m, k, dtype=dtype)
+    linear.gated(launch, x, w, activation or Activation("silu"), read_by)
+    return list(launch.variants)[-1]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"form": "fp8", "reader": "fp8"},
+        {"form": "w4a8_awq", "reader": "w4a8_awq"},
+        {"form": "fp8_pc_pt", "bias": True, "m": 100},
+        {"dtype": FP16, "m": 100, "activation": Activation("gelu_tanh", limit=7.0, offset=1.0)},
+    ],
+    ids=str,
+)
+def test_compiles(case: dict) -> None:
+    """With products that nothing waits for but what needs them, and divisions that don't branch."""
+    variant = recorded(**case)
+    assert variant.kernel == "cu.gated" and 48 << 10 < variant.shared_bytes <= H100_SHARED
+    code, log = nvrtc.compile_native(variant, "9.0", ("--ptxas-options=-v",))
+    assert_is_machine_code(code, "9.0", "gated")
+    assert "serialized" not in log and "0 bytes spill stores, 0 bytes spill loads" in log
+    assert int(re.search(r"Used (\d+) registers", log)[1]) == 168, "what 384 threads may have"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"native": False}, {"hopper": False}, {"dtype": FP32}, {"n": 28672 + 128}, {"k": 4096 + 32},
+        {"form": "fp8", "k": 4096 + 64}, {"form": "fp8_wo"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_is_left_to_two_kernels(changes: dict) -> None:
+    assert recorded(**changes).kernel == "linear.gated_activation"
+
+
+@pytest.mark.parametrize("form", ["none", "fp8"])
+def test_numbers_of_tokens_share_kernels(form: str) -> None:
+    """Two of them for all; those of powers of two, and one more, are all there are."""
+    found = {m: recorded(form, m) for m in (65, 100, 128, 129, 256, 300, 512, 1000, 2048, 2100, 8192)}
+    assert {variant.kernel for variant in found.values()} == {"cu.gated"} and len(set(found.values())) == 2
+    assert set(found.values()) == {found[128], found[129]}
+
+
+@pytest.mark.parametrize("tokens", [128, 129, 384, 2100])
+def test_programs_share_what_takes_fewer_rounds(tokens: int) -> None:
+    shape = linear.gated_shape(tokens, 14336)
+    rounds = {
+        mates: -(-(-(-tokens // (128 * mates[0])) * (112 // mates[1])) // 66) for mates in ((1, 2), (2, 1))
+    }  # fmt: skip
+    assert rounds[shape.token_mates, shape.output_mates] == min(rounds.values())
+    assert linear.gated_shape(tokens, 128).output_mates == 1, "there is one tile of outputs"
+
+
+@pytest.mark.parametrize("form", ["none", "fp8"])
+def test_engine_holds_the_kernel(write_checkpoint, form: str) -> None:
+    """And its algorithms are none of that product."""
+    config = {**wide(), "intermediate_size": 256}
+    prepared = prepare(write_checkpoint(config, form).path, small(max_num_tokens=256))
+    assert "cu.gated" in {variant.kernel for variant in kernels_of(prepared)}
+    assert 2 * 256 not in {problem.n for problem in tune.problems(prepared.sizing, prepared.store)}
+
+
+def test_it_says_what_it_shares(tmp_path: Path) -> None:
+    """With prefill.cu: one text."""
+    text = nvrtc.source(recorded())
+    assert text.count("void barrier_wait(") == 1 and '#line 1 "hopper.cu"' in text
