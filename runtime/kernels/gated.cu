@@ -25,6 +25,7 @@ constexpr int STEPS = K / LINE, MATES = TOKEN_MATES * OUTPUT_MATES;
 constexpr int WAITING = LEAD < STEPS ? LEAD : STEPS, AHEAD = SLOTS < STEPS ? SLOTS : STEPS;  // slots
 constexpr int BOX = 16 * 128, BOXES = CODES ? 1 : 2;  // bytes of what a warp stores at once; how many it has of a tile
 constexpr int COPYING = 40, WORKING = 232;  // registers
+static_assert(COPYING + 2 * WORKING <= 3 * 168, "who asks for more registers than 168 * 384 waits forever");
 static_assert(N % (TILE * OUTPUT_MATES) == 0 && K % LINE == 0 && MATES <= 2 && LEAD <= SLOTS && WARPS == 12, "shapes");
 static_assert(1024 + SLOTS * SLOT + 8 * BOXES * BOX + 16 * SLOTS <= SHARED, "shared memory");
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,9 +87,7 @@ def test_numbers_of_tokens_share_kernels(form: str) -> None:
 @pytest.mark.parametrize("tokens", [128, 129, 384, 2100])
 def test_programs_share_what_takes_fewer_rounds(tokens: int) -> None:
     shape = linear.gated_shape(tokens, 14336)
-    rounds = {
-        mates: -(-(-(-tokens // (128 * mates[0])) * (112 // mates[1])) // 66) for mates in ((1, 2), (2, 1))
-    }  # fmt: skip
+    rounds = {mates: -(-(-(-tokens // (128 * mates[0])) * (112 // mates[1])) // 66) for mates in ((1, 2), (2, 1))}
     assert rounds[shape.token_mates, shape.output_mates] == min(rounds.values())
     assert linear.gated_shape(tokens, 128).output_mates == 1, "there is one tile of outputs"
 
@@ -98,13 +95,12 @@ def test_programs_share_what_takes_fewer_rounds(tokens: int) -> None:
 @pytest.mark.parametrize("form", ["none", "fp8"])
 def test_engine_holds_the_kernel(write_checkpoint, form: str) -> None:
     """And its algorithms are none of that product."""
-    config = {**wide(), "intermediate_size": 256}
-    prepared = prepare(write_checkpoint(config, form).path, small(max_num_tokens=256))
+    prepared = prepare(write_checkpoint(wide(intermediate_size=768), form).path, small(max_num_tokens=256))
     assert "cu.gated" in {variant.kernel for variant in kernels_of(prepared)}
-    assert 2 * 256 not in {problem.n for problem in tune.problems(prepared.sizing, prepared.store)}
+    assert 2 * 768 not in {problem.n for problem in tune.problems(prepared.sizing, prepared.store)}
 
 
-def test_it_says_what_it_shares(tmp_path: Path) -> None:
+def test_what_it_shares_is_put_in_once() -> None:
     """With prefill.cu: one text."""
     text = nvrtc.source(recorded())
     assert text.count("void barrier_wait(") == 1 and '#line 1 "hopper.cu"' in text

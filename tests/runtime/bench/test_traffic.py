@@ -93,6 +93,17 @@ def test_prefill_in_cuda_reads_what_triton_s_does():
     assert native["cu.prefill"] == triton["attention.prefill"] > 340 * LAYERS * 2 * 2 * 64 * 2
 
 
+def test_a_gated_product_in_cuda_keeps_what_is_between():
+    """Of sizes that it knows: it reads the weight and x, and writes what the next product reads."""
+    triton, native = (
+        traffic(versions=versions, intermediate_size=128, hidden_size=64).of_step([(0, 512, 0)])
+        for versions in ({}, {"nvrtc": "13"})
+    )
+    once = 2 * (2 * WIDTH * INNER + 512 * (WIDTH + INNER))
+    assert native["cu.gated"] == (LAYERS - 1) * once
+    assert triton[LIBRARY] - native[LIBRARY] == (LAYERS - 1) * (once + 2 * 512 * INNER)
+
+
 def test_a_prefill_reads_what_is_cached_and_leaves_the_rest_to_libraries():
     of = traffic()
     fresh, later = (of.of_step([(before, 512, 0)]) for before in (0, 300))
