@@ -16,6 +16,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,37 +142,51 @@ class Maps:
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
-        self._known: dict[tuple[int, int, int, int, int], Any] = {}
+        self._known: dict[tuple[int, int, int, int, int], bytes] = {}
+        self._place = ctypes.create_string_buffer(2 * MAP_BYTES)
 
-    def address(self, given: TensorMap) -> int:
-        """Where the bytes of a map are, at least until the next call."""
-        tensor, (rows, columns), size = given.tensor, given.tensor.shape, given.tensor.itemsize
-        key = tensor.data_ptr(), rows, columns, size, given.rows
+    def encoded(self, given: TensorMap) -> bytes:
+        """What a kernel takes for a map."""
+        tensor, (rows, columns) = given.tensor, given.tensor.shape
+        key = tensor.data_ptr(), rows, columns, tensor.itemsize, given.rows
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= MAPS:
                 self._known.clear()
-            found = self._known[key] = self._encoded(*key)
-        return int(found.getPtr())
+            found = self._known[key] = self._encode(*key)
+        return found
 
-    def _encoded(self, address: int, rows: int, columns: int, size: int, box: int) -> Any:
-        driver, kinds = self._driver, self._driver.CUtensorMapDataType
-        long, short = driver.cuuint64_t, driver.cuuint32_t
-        return checked(
-            driver.cuTensorMapEncodeTiled(
-                kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                2,
-                address,
-                [long(columns), long(rows)],
-                [long(columns * size)],
-                [short(128 // size), short(box)],
-                [short(1), short(1)],
-                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
+    def _encode(self, address: int, rows: int, columns: int, size: int, box: int) -> bytes:
+        driver, long, short = self._driver, ctypes.c_uint64, ctypes.c_uint32
+        kinds = driver.CUtensorMapDataType
+        kind = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16
+        place = -(-ctypes.addressof(self._place) // MAP_BYTES) * MAP_BYTES
+        status = encoder()(
+            ctypes.c_void_p(place),
+            int(kind),
+            2,
+            ctypes.c_void_p(address),
+            (long * 2)(columns, rows),
+            (long * 1)(columns * size),
+            (short * 2)(128 // size, box),
+            (short * 2)(1, 1),
+            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+            int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
+            int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
+            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         )
+        if status:
+            raise RuntimeError(f"CUDA driver: {driver.CUresult(status).name} from cuTensorMapEncodeTiled")
+        return ctypes.string_at(place, MAP_BYTES)
+
+
+@cache
+def encoder() -> Any:
+    """The driver's `cuTensorMapEncodeTiled`.
+
+    cuda-bindings has it too, but puts maps where they are not aligned as the driver wants them (cuda-python, #1692).
+    """
+    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
 
 
 class Kernel:
@@ -230,5 +245,5 @@ class Kernel:
         for index, place in self._mapped.items():
             argument, given[index] = args[index], None
             assert isinstance(argument, TensorMap)
-            ctypes.memmove(place, self._maps.address(argument), MAP_BYTES)
+            place.raw = self._maps.encoded(argument)
         return given

@@ -178,6 +178,7 @@ gated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap wei
         }
         barriers_made();
     }
+    __syncwarp();
     meet_mates();
 
     Place place;

@@ -13,8 +13,8 @@ import torch
 from trtx.converters.errors import InputError
 from trtx.quantize.formats import FORMATS
 from trtx.runtime.cuda import cubins, linear
-from trtx.runtime.cuda.cubins import INDEX, Cubin, CubinLaunch
-from trtx.runtime.cuda.launch import RecordLaunch
+from trtx.runtime.cuda.cubins import INDEX, Cubin, CubinLaunch, Kernel
+from trtx.runtime.cuda.launch import RecordLaunch, TensorMap, Variant
 
 
 class Driver:
@@ -83,3 +83,34 @@ def test_damaged_index_is_refused(tmp_path, monkeypatch, damage):
     with pytest.raises(InputError, match="kernels can't be read") as caught:
         CubinLaunch(tmp_path, torch.device("cuda"), dependent=False)
     assert "Build the engine again" in caught.value.remedy
+
+
+def test_maps(monkeypatch):
+    """Each is encoded once: a contiguous matrix, boxes of 128 bytes in a row, in place of what is a pointer else."""
+    bindings = pytest.importorskip("cuda.bindings").driver
+    encoded = []
+
+    def encode(place, kind, rank, address, sizes, strides, box, steps, *modes):
+        assert place.value % 64 == 0 and list(steps) == [1, 1]
+        encoded.append((kind, rank, address.value, *sizes, *strides, *box, *modes))
+        ctypes.memset(place.value, len(encoded), 128)
+        return 0
+
+    monkeypatch.setattr(cubins, "encoder", lambda: encode)
+    driver = Driver()
+    for name in ("DataType", "Interleave", "Swizzle", "L2promotion", "FloatOOBfill"):
+        monkeypatch.setattr(driver, f"CUtensorMap{name}", getattr(bindings, f"CUtensorMap{name}"), raising=False)
+    x, codes = torch.zeros(70, 256, dtype=torch.bfloat16), torch.zeros(3, 512, dtype=torch.float8_e4m3fn)
+    variant = Variant("cu.gated", ("map", "none", "i32", "map", "*fp32", "map", "none"), (), 12, 1, True)
+    kernel = Kernel(driver, Cubin(variant, "", "gated", 0), b"")
+    scale = torch.zeros(2)
+    for _ in range(2):
+        kernel((4,), (TensorMap(x, 128), None, 70, TensorMap(codes, 16), scale, TensorMap(x, 64), None), 0)
+        first, second, third = (int.from_bytes(8 * [number], "little") for number in (1, 2, 3))
+        assert driver.launched[-1][-1] == [first, 0, 70, second, scale.data_ptr(), third, 0]
+    modes = 0, 3, 3, 0  # neither interleaved nor NaN beyond the end; swizzled by 128 bytes, 256 bytes to L2
+    assert encoded == [
+        (1, 2, x.data_ptr(), 256, 70, 512, 64, 128, *modes),
+        (0, 2, codes.data_ptr(), 512, 3, 512, 128, 16, *modes),
+        (1, 2, x.data_ptr(), 256, 70, 512, 64, 64, *modes),
+    ]
