@@ -71,8 +71,11 @@ STEPS = [
 """Lengths and new tokens: around the ends of tiles and pages, with a past or none, behind decodes."""
 
 
-@pytest.mark.parametrize("shape", [None, PrefillShape(2, True, 1), PrefillShape(3, False, 5)], ids=str)
-@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("block_size", "shape"),
+    [(16, None), (32, None), (64, None), (32, PrefillShape(2, True, 1)), (32, PrefillShape(3, False, 5))],
+    ids=str,
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (3, 3, 64), (7, 1, 128), (16, 1, 64)])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_lengths(
