@@ -4,8 +4,8 @@
 
 x and w are of one dtype: fp32, fp16, bf16, or e4m3 codes with scales. Sums are in fp32; those of codes are as tensor
 cores keep them, with fewer bits: on an H100, products of 2048 tokens take 3 to 11% less time so, and are off by 0.2 to
-0.3%, less than a tenth of what rounding to codes costs. All is row-major. cuBLAS counts along columns first, so for it w
-is A, a K × N matrix to be transposed, x is B, K × M, and y is C and D, N × M.
+0.3%, less than a tenth of what rounding to codes costs. All is row-major. cuBLAS counts along columns first, so for it
+w is A, a K × N matrix to be transposed, x is B, K × M, and y is C and D, N × M.
 
 torch takes the algorithm that cuBLAS's heuristic likes best. `builder.cuda.tune` times others too and keeps a `Table`
 beside an engine's kernels; algorithms are numbers that mean something to one version of the library. The library is

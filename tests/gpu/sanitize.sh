@@ -30,6 +30,7 @@ groups=(
     'test_experts.py and (test_route[2 or (test_experts[ and silu and bfloat16) or test_many or test_pairs)'
     "test_decode.py and ($decodes or test_codes)"
     'test_prefill.py and ((test_lengths and bfloat16 and 8-2-128-32) or test_rotation[128-128-first or test_codes)'
+    'test_gated.py and ((test_sizes[256-448 and bfloat16) or test_codes_in[fp8 or test_codes_out)'
     "test_cuda_ops.py and [llama] or ($elementwise) or ($sampling) or ($native)"
 )
 
@@ -38,7 +39,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for index in "${!groups[@]}"; do
     "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 86 "${PYTHON:-python3}" -m pytest -m '' \
-        -p no:cacheprovider -k "${groups[index]}" tests/kernels tests/gpu/test_{gemv4,few,decode,prefill}.py "$@" \
+        -p no:cacheprovider -k "${groups[index]}" tests/kernels tests/gpu/test_{gemv4,few,decode,prefill,gated}.py "$@" \
         >"$folder/$index" 2>&1 &
     running[index]=$!
 done
