@@ -12,6 +12,11 @@ OLDEST = 12, 8
 """The version that first knew every compute capability which kernels are compiled for."""
 
 
+def has_hopper(sm: str) -> bool:
+    """Whether kernels of compute capability 9.0 alone (`HOPPER`) are compiled for one, and launched there."""
+    return sm == "9.0" and bool(nvrtc_version())
+
+
 @cache
 def nvrtc_version() -> str:
     """The version of NVRTC; empty where none can be loaded, or one too old.

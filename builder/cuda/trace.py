@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from trtx.builder.cuda.kernels import SHARED_BYTES
-from trtx.builder.cuda.nvrtc import nvrtc_version
+from trtx.builder.cuda.nvrtc import has_hopper, nvrtc_version
 from trtx.builder.sizing import Sizing
 from trtx.quantize.formats import DTYPES, E4M3
 from trtx.runtime.cuda.kv_cache import CudaKVCache
@@ -57,7 +57,7 @@ def recorded(sizing: Sizing, layout: KVLayout, checkpoint: WeightStore | None = 
     """
     assert sizing.target.gpu is not None
     sm = sizing.target.gpu.sm
-    launch = RecordLaunch(float(sm) >= 9.0, SHARED_BYTES[sm], native=bool(nvrtc_version()), hopper=sm == "9.0")
+    launch = RecordLaunch(float(sm) >= 9.0, SHARED_BYTES[sm], native=bool(nvrtc_version()), hopper=has_hopper(sm))
     dtype = DTYPES[sizing.compute_dtype]
     ops = CudaOps(sizing.model.spec, dtype, META, sizing.max_seq_len, launch, laid_out=False)
     kv_dtype = E4M3 if sizing.kv_dtype == "fp8" else DTYPES[sizing.kv_dtype]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trtx.builder.cache import cache_folder, replace_file
-from trtx.builder.cuda.nvrtc import nvrtc_version
+from trtx.builder.cuda.nvrtc import has_hopper
 from trtx.builder.gpus import Target, resolve
 from trtx.builder.sizing import Sizing
 from trtx.converters.convert import Progress
@@ -46,6 +46,9 @@ NEAR = 4
 
 GAIN = 0.99
 """The heuristic's time, times this, is what another algorithm has to beat."""
+
+METHOD = 3
+"""Of timing, and of what is timed: what was found by another one is not taken from the cache."""
 
 POOL = 256 << 20
 """Bytes of weights that are multiplied with in turn: several times an L2 cache."""
@@ -97,7 +100,7 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     tokens = {*decodes, *powers, most}
     found: dict[Problem, None] = {}
 
-    native = sizing.target.gpu is not None and sizing.target.gpu.sm == "9.0" and bool(nvrtc_version())
+    hopper = sizing.target.gpu is not None and has_hopper(sizing.target.gpu.sm)
 
     def add(kind: Problem, few: int, counts: Iterable[int]) -> None:
         found.update((kind._replace(m=count), None) for count in counts if count > few)
@@ -108,7 +111,7 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
         whole = checkpoint is None or fusable([store.linear(it) for it in modules], store.stored(modules[0]))
         for members in [modules] if whole else [[module] for module in modules]:
             problem, few, gated = _problem(store, name, members, dtype)
-            if not (native and gated):
+            if not (hopper and gated):
                 add(problem, few, decodes if name == "lm_head" else tokens)
     if config.spec.tied_embeddings:
         size = config.spec.vocab_size, config.spec.hidden_size
@@ -156,7 +159,7 @@ def measured(wanted: list[Problem], advance: Callable[[int], None] = lambda coun
     began, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
     products = Products(device)
     table = Table(products.version, products.gpu)
-    cached = cache_folder("algorithms") / f"{products.gpu.replace(' ', '-')}-{products.version}.json"
+    cached = cache_folder("algorithms") / f"{products.gpu.replace(' ', '-')}-{products.version}-{METHOD}.json"
     known = _known(cached, table)
     stopwatch = Stopwatch(products, device)
     for problem in wanted:

@@ -25,9 +25,8 @@ _MULTIPROCESSORS = 132
 _PROGRAMS = 4 * _MULTIPROCESSORS
 """How many programs of a decode step are wanted: enough to keep every multiprocessor of an H100 busy, twice over."""
 
-
 _NATIVE_ROWS = 128
-"""Of queries, and of keys, in a tile of prefill.cu; of queries as in all tilings of `prefill_tiling` on an H100."""
+"""Of queries, and of keys, in a tile of prefill.cu: as in `prefill_tiling` for heads that it knows."""
 
 _LONG = 1024
 """Tokens that one program of a decode step should take at least where there is no lack of programs."""
@@ -222,12 +221,12 @@ class PrefillShape(NamedTuple):
     Attributes:
         slots: tiles of keys or values in shared memory.
         turns: its warpgroups multiply in turns.
-        programs: at most.
+        programs: at most; 0: as many as the GPU has multiprocessors.
     """
 
     slots: int = 5
     turns: bool = True
-    programs: int = _MULTIPROCESSORS
+    programs: int = 0
 
 
 def query_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int, shared: int = H100_SHARED) -> int:
@@ -534,6 +533,8 @@ class CachedAttention:
     ) -> None:
         """`prefill` by prefill.cu, where that `fits_prefill`."""
         kv_heads, shape = self.keys.shape[1], shape or PrefillShape(turns=self.dim == 128)
+        tiling = prefill_tiling(self.dim, q.element_size(), self.launch.shared_bytes)
+        assert tiling.rows == _NATIVE_ROWS, "step.tiles are made for these"
         norm = self.rotation.q_norm or _UNCHANGED
         args = (
             q, *self.rotation.angles, norm.weight, self.keys, self.values, self.table, step.lengths, step.starts,
@@ -547,7 +548,7 @@ class CachedAttention:
             "SLOTS": shape.slots, "TURNS": shape.turns,
             "SHARED": (shape.slots + 2) * tile + 2048,
         }  # fmt: skip
-        grid = (min(shape.programs, kv_heads * len(step.tiles)),)
+        grid = (min(shape.programs or self.launch.multiprocessors, kv_heads * len(step.tiles)),)
         self.launch("cu.prefill", grid, args, constants, 12, stages=1, pdl=True)
 
     @property

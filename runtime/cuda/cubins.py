@@ -97,6 +97,7 @@ class CubinLaunch(Launch):
         self.dependent = dependent
         properties: Any = torch.cuda.get_device_properties(device)
         self.shared_bytes = properties.shared_memory_per_block_optin
+        self.multiprocessors = properties.multi_processor_count
         self._index = device.index or 0  # torch looks a number up sooner than a device
         self._driver = driver()
         try:
@@ -143,7 +144,6 @@ class Maps:
     def __init__(self, driver: Any) -> None:
         self._driver = driver
         self._known: dict[tuple[int, int, int, int, int], bytes] = {}
-        self._place = ctypes.create_string_buffer(2 * MAP_BYTES)
 
     def encoded(self, given: TensorMap) -> bytes:
         """What a kernel takes for a map."""
@@ -160,7 +160,8 @@ class Maps:
         driver, long, short = self._driver, ctypes.c_uint64, ctypes.c_uint32
         kinds = driver.CUtensorMapDataType
         kind = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16
-        place = -(-ctypes.addressof(self._place) // MAP_BYTES) * MAP_BYTES
+        room = ctypes.create_string_buffer(2 * MAP_BYTES)
+        place = -(-ctypes.addressof(room) // MAP_BYTES) * MAP_BYTES
         status = encoder()(
             ctypes.c_void_p(place),
             int(kind),

@@ -114,6 +114,8 @@ class Launch(ABC):
     """Whether kernels are launched with `PDL` (programmatic dependent launch): sm_90 and newer."""
     shared_bytes: int = H100_SHARED
     """Shared memory that a program may take."""
+    multiprocessors: int = 132
+    """Of the GPU: kernels whose programs are resident have one on each."""
     native: bool = False
     """Whether kernels in CUDA C++ are launched too: NVRTC is there to compile them, or they are compiled."""
     hopper: bool = False

@@ -30,8 +30,9 @@ from trtx.quantize.weight import LinearWeight
 from trtx.runtime.cuda.launch import H100_SHARED, Constant, Launch, TensorMap, power_of_two
 
 SKINNY, SKINNY_LARGE = 64, 16
-"""The most tokens that `skinny` multiplies, measured against cuBLAS on an H100: of a gated MLP, whose activation cuBLAS
-leaves to a kernel of its own, or of a small weight; and of others, among them all codes of 8 bits."""
+"""The most tokens that `skinny` multiplies, measured against cuBLAS on an H100 (before gated.cu was there): of a gated
+MLP, whose activation cuBLAS leaves to a kernel of its own, or of a small weight; and of others, among them all codes of
+8 bits."""
 
 _LARGE = 1 << 24
 """Numbers of a weight that is not small."""
@@ -260,7 +261,7 @@ class GatedShape(NamedTuple):
 
     Attributes:
         group: tiles of tokens, or pairs of those that share the weight.
-        programs: at most.
+        programs: at most; 0: as many as the GPU has multiprocessors.
     """
 
     slots: int = 4
@@ -268,12 +269,12 @@ class GatedShape(NamedTuple):
     token_mates: int = 2
     output_mates: int = 1
     group: int = 8
-    programs: int = 132
+    programs: int = 0
 
 
 def gated_shape(m: int, outputs: int) -> GatedShape:
     """For m tokens: programs share the weight, unless fewer rounds are needed where they share tokens."""
-    tokens, tiles, pairs = -(-m // _GATED_TILE), outputs // _GATED_TILE, GatedShape().programs // 2
+    tokens, tiles, pairs = -(-m // _GATED_TILE), outputs // _GATED_TILE, _PROGRAMS // 4
     if tiles % 2:
         return GatedShape(token_mates=1) if tokens == 1 else GatedShape()
     rounds, others = -(-(-(-tokens // 2) * tiles) // pairs), -(-tokens * tiles // 2 // pairs)
@@ -301,7 +302,7 @@ def gated_natively(
         given = given.contiguous()
         if w.rounding is not None:
             given = w.rounding.activation(given, w.tensors)
-        if w.weight.dtype == E4M3 or w.smooth is not None:
+        if w.weight.dtype == E4M3:
             given, by_token = quantize(launch, given, w)
     operand = given.codes if isinstance(given, Codes) else given
     m, n, codes = len(operand), w.out_features // 2, w.weight.dtype == E4M3
@@ -313,7 +314,7 @@ def gated_natively(
     shared = shape.slots * (3 * 128 * _GATED_TILE + 16) + (16 << 10) * (1 if reader else 2) + 1024
     launch(
         "cu.gated",
-        (mates * min(tiles, shape.programs // mates),),
+        (mates * min(tiles, (shape.programs or launch.multiprocessors) // mates),),
         (
             TensorMap(operand, _GATED_TILE // shape.output_mates), TensorMap(w.weight, _GATED_TILE),
             TensorMap(out, 16), _step(w, by_token) if codes else None, w.scale if codes else None, w.bias,
@@ -405,7 +406,7 @@ def _linear(
 
 
 def most_tokens(w: CudaLinear, dtype: torch.dtype, gated: bool) -> int:
-    """The most tokens that are not left to cuBLAS."""
+    """The most tokens that are not left to gated.cu and cuBLAS."""
     if dtype == torch.float32:
         return 1
     if w.words:
@@ -688,7 +689,8 @@ def _product_of_codes(
         if y is not None:
             return y
     scale = scale if by_token is None else scale[None]
-    return _added(torch._scaled_mm(x.codes, w.weight.t(), step, scale, bias=w.bias, out_dtype=x.dtype), add_to)
+    y = torch._scaled_mm(x.codes, w.weight.t(), step, scale, w.bias, out_dtype=x.dtype, use_fast_accum=True)
+    return _added(y, add_to)
 
 
 def _step(w: CudaLinear, by_token: Tensor | None) -> Tensor:

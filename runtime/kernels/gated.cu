@@ -77,16 +77,6 @@ __device__ __forceinline__ void meet_mates() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
 }
 
-__device__ __forceinline__ void wait_for_others() {
-    if (PDL) asm volatile("griddepcontrol.wait;" : : : "memory");
-}
-template <int REGISTERS> __device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS));
-}
-template <int REGISTERS> __device__ __forceinline__ void leave_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS));
-}
-
 #define F128(d) F64(d), F8(d, 64), F8(d, 72), F8(d, 80), F8(d, 88), F8(d, 96), F8(d, 104), F8(d, 112), F8(d, 120)
 #define LIST128                                                                                                        \
     LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                                         \
@@ -112,7 +102,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[128], unsigned long lon
 struct Place {
     int token, output;
 
-    // Of a cluster's work of some number, where there are as many tiles of tokens.
+    // That of the work of a number, for one of the cluster's programs, where x has so many `tiles` of tokens.
     __device__ __forceinline__ void find(int number, int tiles, int mate) {
         const int across = (tiles + TOKEN_MATES - 1) / TOKEN_MATES, of_group = GROUP * (N / TILE / OUTPUT_MATES);
         const int group = number / of_group, rest = number % of_group, size = min(GROUP, across - group * GROUP);

@@ -1,5 +1,5 @@
 // What kernels share that have instructions of an H100 alone (sm_90a): barriers in shared memory, wgmma, a ring of tiles.
-// Defined before this: HALF: 16 bits are fp16, or bf16; SLOTS of the ring.
+// Defined before this: HALF: 16 bits are fp16, or bf16; SLOTS of the ring; PDL.
 
 __device__ __forceinline__ unsigned pair(float low, float high) {
     unsigned v;
@@ -35,6 +35,17 @@ __device__ __forceinline__ void meet(int number, int threads) {
 }
 __device__ __forceinline__ void announce(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory");
+}
+
+// Until what kernels before have written is there.
+__device__ __forceinline__ void wait_for_others() {
+    if (PDL) asm volatile("griddepcontrol.wait;" : : : "memory");
+}
+template <int REGISTERS> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+}
+template <int REGISTERS> __device__ __forceinline__ void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS));
 }
 
 // What was stored in shared memory is what tensor cores, and copies of tiles, read.

@@ -1,6 +1,6 @@
 // `prefill` of attention.py for heads of 64 or 128 features in bf16 or fp16 and a cache in their dtype, on an H100
-// (sm_90a): causal, without windows, soft caps, sinks, ALiBi and latents. Arguments are those of the kernel there, and
-// how many `tiles` there are.
+// (sm_90a): causal, without windows, soft caps, sinks, ALiBi and latents. Arguments are those of the kernel there but
+// for what is for these, and how many `tiles` there are.
 //
 // A program is three warpgroups, and goes through its share of the work. Of the first, two warps copy keys and values
 // into a ring of SLOTS tiles, and two put the queries of the next work, normalized and rotated, beside those of this
@@ -89,7 +89,7 @@ __device__ __forceinline__ int place(int row, int piece) {
 struct Work {
     int head, sequence, first_row, first_token, count, past, end;  // end: keys that its last token sees
 
-    // Number `index` of `total`.
+    // That of a number below `total`.
     __device__ __forceinline__ void find(int index, int total, const int* tiles, const int* starts,
                                          const int* lengths) {
         const int tile = (total - 1 - index) / KV_HEADS;
@@ -101,7 +101,7 @@ struct Work {
         past = lengths[sequence] - count;
         end = past + min(first_row + TOKENS, count);
     }
-    // Which one a program has in a round, if there are as many.
+    // The number of the work that this program has in a round; from `total` on, it has none.
     static __device__ __forceinline__ int number(int round) {
         const int across = gridDim.x;
         return round * across + (round % 2 ? across - 1 - (int)blockIdx.x : (int)blockIdx.x);
@@ -198,7 +198,8 @@ __device__ __forceinline__ void prepare(unsigned char* to, const Work& work, int
     }
 }
 
-// Keys or values from position `start` on, before `end`, to a tile in shared memory, by COPIERS threads.
+// Keys or values of a head from some pages to a tile in shared memory, by COPIERS threads; zeros but for the first
+// `present` of them, unless the tile is WHOLE.
 template <bool WHOLE>
 __device__ __forceinline__ void copy_tile(unsigned to, const unsigned char* cached, const int (&pages)[KEYS / BLOCK_SIZE],
                                           int head, int present, int thread) {
@@ -260,7 +261,7 @@ struct Rows {
     }
 };
 
-// One number of a column and the next, as weights or as output.
+// Weights of a column and the next, in q's dtype.
 __device__ __forceinline__ void pack(unsigned (&weights)[KEYS / 16][4], const float (&scores)[64]) {
 #pragma unroll
     for (int i = 0; i < 32; i++) weights[i / 4][i % 4] = pair(scores[2 * i], scores[2 * i + 1]);
@@ -320,12 +321,12 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
     if (last) atomicMax(used, last);
     __syncthreads();
     const int total = *used * KV_HEADS, rounds = (total + (int)gridDim.x - 1) / (int)gridDim.x;
-    if (PDL) asm volatile("griddepcontrol.wait;" : : : "memory");
+    wait_for_others();
 
     Work work;
     int ordinal = 0;  // of works that there are: whose queries are in one place and the other in turns
     if (warp < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(RESTING));
+        leave_registers<RESTING>();
         if (warp < COPIERS / 32) {
             Turn turn;
             int owed = -1;  // a slot whose copies are on their way
@@ -390,7 +391,7 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(WORKING));
+        take_registers<WORKING>();
         const int group = warp / 4 - 1, g = lane / 4, t = lane % 4;
         const int first_of_warp = 64 * group + warp % 4 * 16;
         const float factor = scale * LOG2E;

@@ -50,7 +50,7 @@ def test_products_of_llama(monkeypatch):
     Of its MLPs gated.cu multiplies the first ones, where NVRTC compiles it.
     """
     with_nvrtc = problems(sizing(max_batch_size=128, max_num_tokens=3000), None)
-    monkeypatch.setattr(tune, "nvrtc_version", str)
+    monkeypatch.setattr(tune, "has_hopper", lambda sm: False)
     found = problems(sizing(max_batch_size=128, max_num_tokens=3000), None)
     more, few = [112, 96, 80], [56, 48, 40, 28, 24, 20]
     whole = [3000, 2048, 1024, 512, 256, 128, 64, 32, *more, *few]
@@ -262,7 +262,7 @@ def test_measured_once(gpu, cache):
     assert second.entries[ASKED._replace(m=200)] == first.entries[ASKED._replace(m=200)]
     assert [problem.m for problem in second.entries] == [200, 300]
     (file,) = cache.iterdir()
-    assert len(Table.read(file).entries) == 3 and file.name == "NVIDIA-H100-130100.json"
+    assert len(Table.read(file).entries) == 3 and file.name == f"NVIDIA-H100-130100-{tune.METHOD}.json"
 
 
 def test_time_is_bounded(gpu):
@@ -278,7 +278,7 @@ def test_too_little_memory_for_one_product(gpu):
 @pytest.mark.parametrize("content", ["", "{", Table(1, "NVIDIA H100", {ASKED: Tuned("00", 0, 1, 1)}).text])
 def test_damaged_cache_counts_for_nothing(gpu, cache, content):
     cache.mkdir(parents=True)
-    (cache / "NVIDIA-H100-130100.json").write_text(content)
+    (cache / f"NVIDIA-H100-130100-{tune.METHOD}.json").write_text(content)
     assert measured(wanted(128)).entries[ASKED].us == 128
 
 

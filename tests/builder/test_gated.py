@@ -12,10 +12,11 @@ from tests.builder.test_decode import empty
 from tests.builder.test_nvrtc import wide
 from trtx.builder.build import prepare
 from trtx.builder.cuda import nvrtc, tune
+from trtx.builder.cuda.trace import _counts
 from trtx.converters.spec import Activation
 from trtx.quantize.formats import E4M3, FORMATS
 from trtx.runtime.cuda import linear
-from trtx.runtime.cuda.launch import H100_SHARED, RecordLaunch, Variant
+from trtx.runtime.cuda.launch import H100_SHARED, HOPPER, RecordLaunch, Variant
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -78,10 +79,12 @@ def test_what_does_not_fit_is_left_to_two_kernels(changes: dict) -> None:
 
 @pytest.mark.parametrize("form", ["none", "fp8"])
 def test_numbers_of_tokens_share_kernels(form: str) -> None:
-    """Two of them for all; those of powers of two, and one more, are all there are."""
-    found = {m: recorded(form, m) for m in (65, 100, 128, 129, 256, 300, 512, 1000, 2048, 2100, 8192)}
-    assert {variant.kernel for variant in found.values()} == {"cu.gated"} and len(set(found.values())) == 2
-    assert set(found.values()) == {found[128], found[129]}
+    """What a trace records (`trace._counts`) are all that there are."""
+    for n in (28672, 3 * 256, 256):
+        found = {recorded(form, m, n) for m in (65, 100, 128, 129, 256, 300, 512, 1000, 2048, 2100, 5000, 8192)}
+        assert {variant.kernel for variant in found} == {"cu.gated"}
+        limit = linear.most_tokens(resident(form, n, 4096, BF16), BF16, gated=True)
+        assert found == {recorded(form, m, n) for m in _counts(8192) if m > limit}
 
 
 @pytest.mark.parametrize("tokens", [128, 129, 384, 2100])
@@ -100,7 +103,9 @@ def test_engine_holds_the_kernel(write_checkpoint, form: str) -> None:
     assert 2 * 768 not in {problem.n for problem in tune.problems(prepared.sizing, prepared.store)}
 
 
-def test_what_it_shares_is_put_in_once() -> None:
-    """With prefill.cu: one text."""
-    text = nvrtc.source(recorded())
-    assert text.count("void barrier_wait(") == 1 and '#line 1 "hopper.cu"' in text
+@pytest.mark.parametrize("gpu", ["b200", "a100-80-sxm"])
+def test_engines_of_other_gpus_hold_none(write_checkpoint, gpu: str) -> None:
+    """Nor prefill.cu: cuBLASLt's algorithms for the product are timed there."""
+    prepared = prepare(write_checkpoint(wide(intermediate_size=768)).path, small(gpu=gpu, max_num_tokens=256))
+    assert not HOPPER & {variant.kernel for variant in kernels_of(prepared)}
+    assert 2 * 768 in {problem.n for problem in tune.problems(prepared.sizing, prepared.store)}

@@ -86,8 +86,7 @@ def test_compiles(tmp_path: Path, case: Case, codes: bool, norm: str | None) -> 
     ids=str,
 )  # fmt: skip
 def test_what_does_not_fit_is_left_to_triton(changes: dict) -> None:
-    case = changes.pop("case", Case())
-    assert recorded(case, **changes).kernel == "attention.prefill"
+    assert recorded(**{"case": Case(), **changes}).kernel == "attention.prefill"
 
 
 def test_numbers_of_tokens_share_a_kernel() -> None:

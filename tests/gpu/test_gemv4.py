@@ -33,6 +33,7 @@ class Native(Launch):
     def __init__(self) -> None:
         major, minor = torch.cuda.get_device_capability()
         self.sm, self.dependent = f"{major}.{minor}", major >= 9
+        self.hopper = self.sm == "9.0"
         self.kernels: dict[Variant, Kernel] = {}
 
     def start(self, kernel: str, grid: tuple[int, ...], args: Arguments, constants: Constants, how: How) -> None:
@@ -47,6 +48,14 @@ class Native(Launch):
 @pytest.fixture(scope="module")
 def launch() -> Launch:
     return Native()
+
+
+@pytest.fixture(scope="module")
+def hopper() -> Launch:
+    native = Native()
+    if not native.hopper:
+        pytest.skip("for compute capability 9.0 alone")
+    return native
 
 
 @pytest.fixture(scope="module")

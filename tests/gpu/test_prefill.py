@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.gpu.test_decode import TOLERANCES, layer_of
-from tests.gpu.test_gemv4 import BF16, FP16, Native
+from tests.gpu.test_gemv4 import BF16, FP16
+from tests.gpu.test_gemv4 import device as device
 from tests.kernels.checks import poisoned as poisoned
 from tests.kernels.test_attention import World, expected_attention, expected_rotation, queries, random_norm, world
 from trtx.quantize.formats import E4M3
@@ -17,20 +18,6 @@ from trtx.runtime.cuda.attention import CachedAttention, HeadNorm, PrefillShape,
 from trtx.runtime.cuda.launch import Launch
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def launch() -> Launch:
-    native = Native()
-    if native.sm != "9.0":
-        pytest.skip("for compute capability 9.0 alone")
-    native.hopper = True
-    return native
-
-
-@pytest.fixture(scope="module")
-def device() -> torch.device:
-    return torch.device("cuda")
 
 
 def stored_world(device: torch.device, dtype: torch.dtype, *args: object) -> World:

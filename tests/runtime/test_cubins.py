@@ -61,7 +61,9 @@ def test_arguments(tmp_path, monkeypatch, native):
     driver = Driver()
     monkeypatch.setattr(cubins, "driver", lambda: driver)
     monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=0)
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(shared_memory_per_block_optin=0, multi_processor_count=132),
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
     launch = CubinLaunch(tmp_path, torch.device("cuda", 0), dependent=True)
@@ -77,7 +79,7 @@ def test_arguments(tmp_path, monkeypatch, native):
 @pytest.mark.parametrize("damage", ["[", "null", "[1]", '{"a": 1}', '[{"variant": {"kernel": "linear.gemv"}}]'])
 def test_damaged_index_is_refused(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(cubins, "driver", Driver)
-    properties = SimpleNamespace(shared_memory_per_block_optin=0)
+    properties = SimpleNamespace(shared_memory_per_block_optin=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     (tmp_path / INDEX).write_text(damage)
     with pytest.raises(InputError, match="kernels can't be read") as caught:

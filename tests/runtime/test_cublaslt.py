@@ -102,7 +102,7 @@ class FakeLibrary(Library):
     ) -> int:  # fmt: skip
         """D = alpha * Aᵀ · B + beta * C, by columns, and what the epilogue adds."""
         told = self.known[desc]
-        assert told["transa"] == 1 and told["fast_accum"] == 1
+        assert told["transa"] == 1 and told["fast_accum"] == ("a_scale" in told)
         left, right = self._matrix(a, a_at).T, self._matrix(b, b_at)
         product = left.double() @ right.double()
         if "a_scale" in told:
