@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.gpu.test_few import STEP, weight_of
 from tests.gpu.test_gemv4 import BF16, FP16
-from tests.gpu.test_gemv4 import device as device
+from tests.gpu.test_prefill import device as device
+from tests.gpu.test_prefill import launch as launch
 from tests.kernels.checks import poisoned as poisoned
 from tests.kernels.test_linear import assert_close, exact, gate, resident
 from trtx.converters.spec import Activation

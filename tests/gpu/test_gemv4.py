@@ -51,14 +51,6 @@ def launch() -> Launch:
 
 
 @pytest.fixture(scope="module")
-def hopper() -> Launch:
-    native = Native()
-    if not native.hopper:
-        pytest.skip("for compute capability 9.0 alone")
-    return native
-
-
-@pytest.fixture(scope="module")
 def device() -> torch.device:
     return torch.device("cuda")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.test_decode import TOLERANCES, layer_of
-from tests.gpu.test_gemv4 import BF16, FP16
+from tests.gpu.test_gemv4 import BF16, FP16, Native
 from tests.gpu.test_gemv4 import device as device
 from tests.kernels.checks import poisoned as poisoned
 from tests.kernels.test_attention import World, expected_attention, expected_rotation, queries, random_norm, world
@@ -18,6 +18,14 @@ from trtx.runtime.cuda.attention import CachedAttention, HeadNorm, PrefillShape,
 from trtx.runtime.cuda.launch import Launch
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def launch() -> Launch:
+    native = Native()
+    if not native.hopper:
+        pytest.skip("for compute capability 9.0 alone")
+    return native
 
 
 def stored_world(device: torch.device, dtype: torch.dtype, *args: object) -> World:
