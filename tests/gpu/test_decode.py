@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -189,11 +190,22 @@ def test_launched_dependently(launch: Launch, device: torch.device, shape: Decod
         layer_of(launch, replace(w, arrays=[array.nan_to_num() for array in w.arrays])) for _ in range(6)
     ]  # fmt: skip
 
+    def attend(layer: CachedAttention, x: Tensor, out: Tensor) -> None:
+        layer.decode_natively(x, (x, x), w.step, 0.125, out, None, shape)
+
+    assert_order_is_kept(layers, queries(w, BF16, device), attend)
+
+
+def assert_order_is_kept(
+    layers: list[CachedAttention], first: Tensor, attend: Callable[[CachedAttention, Tensor, Tensor], None]
+) -> None:  # fmt: skip
+    """Each layer attends by what the one before wrote, beginning with `first`: the same with waits and without."""
+
     def chain(wait: bool) -> Tensor:
-        x = queries(w, BF16, device)
+        x = first
         for layer in layers:
             y = torch.empty_like(x)
-            layer.decode_natively(x, (x, x), w.step, 0.125, y.flatten(1), None, shape)
+            attend(layer, x, y.flatten(1))
             if wait:
                 torch.cuda.synchronize()
             x = y

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_decode import TOLERANCES, layer_of
+from tests.gpu.test_decode import TOLERANCES, assert_order_is_kept, layer_of
 from tests.gpu.test_gemv4 import BF16, FP16, Native
 from tests.gpu.test_gemv4 import device as device
 from tests.kernels.checks import poisoned as poisoned
@@ -149,17 +149,7 @@ def test_launched_dependently(launch: Launch, device: torch.device) -> None:
     w = stored_world(device, BF16, [300, 200], [300, 150], 4, 4, 64)
     layers = [layer_of(launch, replace(w, arrays=[array.clone() for array in w.arrays])) for _ in range(6)]
 
-    def chain(wait: bool) -> Tensor:
-        x = queries(w, BF16, device, 4, 64)
-        for layer in layers:
-            y = torch.empty_like(x)
-            layer.prefill_natively(x, w.step, 0.125, y.flatten(1))
-            if wait:
-                torch.cuda.synchronize()
-            x = y
-        return x
+    def attend(layer: CachedAttention, x: Tensor, out: Tensor) -> None:
+        layer.prefill_natively(x, w.step, 0.125, out)
 
-    wanted = chain(True)
-    assert wanted.isfinite().all() and wanted.any()
-    for _ in range(20):
-        assert torch.equal(chain(False), wanted)
+    assert_order_is_kept(layers, queries(w, BF16, device, 4, 64), attend)
