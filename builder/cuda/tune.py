@@ -11,6 +11,7 @@ Llama-3.1-8B on an H100) made no whole prefill and no throughput better: they ar
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -98,9 +99,8 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     most, batch = sizing.max_num_tokens, sizing.max_batch_size
     decodes, powers = batch_sizes(batch), [1 << i for i in range(most.bit_length())]
     tokens = {*decodes, *powers, most}
-    found: dict[Problem, None] = {}
-
     hopper = sizing.target.gpu is not None and has_hopper(sizing.target.gpu.sm)
+    found: dict[Problem, None] = {}
 
     def add(kind: Problem, few: int, counts: Iterable[int]) -> None:
         found.update((kind._replace(m=count), None) for count in counts if count > few)
@@ -110,9 +110,7 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
             continue
         whole = checkpoint is None or fusable([store.linear(it) for it in modules], store.stored(modules[0]))
         for members in [modules] if whole else [[module] for module in modules]:
-            problem, few, gated = _problem(store, name, members, dtype)
-            if not (hopper and gated):
-                add(problem, few, decodes if name == "lm_head" else tokens)
+            add(*_problem(store, name, members, dtype, hopper), decodes if name == "lm_head" else tokens)
     if config.spec.tied_embeddings:
         size = config.spec.vocab_size, config.spec.hidden_size
         head = dense("lm_head", torch.empty(size, dtype=dtype, device="meta"), (size[0],))
@@ -120,12 +118,15 @@ def problems(sizing: Sizing, checkpoint: WeightStore | None) -> list[Problem]:
     return sorted(found, key=lambda problem: (problem.m not in (most, *powers), -problem.m))
 
 
-def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.dtype) -> tuple[Problem, int, bool]:
+def _problem(
+    store: WeightStore, name: str, modules: list[Module], dtype: torch.dtype, hopper: bool
+) -> tuple[Problem, int]:
     """How linears that are used as one are multiplied, m left open, and the most tokens for which cuBLAS is not asked.
 
-    Also whether gated.cu multiplies more, where that is there.
-
     Those of blocks that are added to the residual stream are measured so.
+
+    Args:
+        hopper: gated.cu is there.
     """
     from trtx.builder.build import joined
 
@@ -143,7 +144,8 @@ def _problem(store: WeightStore, name: str, modules: list[Module], dtype: torch.
     add = name.endswith((".o", ".down"))
     problem = Problem(dtype if scales == "none" else E4M3, dtype, 0, n, k, bias, add, scales)
     gated = name.endswith(".gate_up") and len(modules) == 2
-    return problem, most_tokens(w, dtype, gated), gated and fits_gated(w, dtype)
+    never = hopper and gated and fits_gated(w, dtype)
+    return problem, sys.maxsize if never else most_tokens(w, dtype, gated)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

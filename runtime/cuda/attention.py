@@ -244,7 +244,7 @@ def tiles_of(q_lens: Sequence[int], lengths: Sequence[int], first: int, tile: in
         tile: `query_tile` of the model.
     """
     tiles = [(index, row) for index in range(first, len(q_lens)) for row in range(0, q_lens[index], tile)]
-    return sorted(tiles, key=lambda tile: lengths[tile[0]] - q_lens[tile[0]] + tile[1])
+    return sorted(tiles, key=lambda it: lengths[it[0]] - q_lens[it[0]] + it[1])
 
 
 def store_latents(
@@ -506,7 +506,7 @@ class CachedAttention:
         limit = tiling.registers
         self.launch("attention.prefill", grid, args, constants, tiling.warps, tiling.stages, pdl=True, registers=limit)
 
-    def fits_prefill(self, q: Tensor, codes: tuple[Tensor, Tensor | None] | None) -> bool:
+    def fits_prefill(self, q: Tensor, codes: CodeScales | None) -> bool:
         """Whether prefill.cu is there and knows all that is asked for; arguments as in `prefill`."""
         keys, rotation, dim, norm = self.keys, self.rotation, self.dim, self.rotation.q_norm
         smooth, weight = codes[1] if codes else None, norm.weight if norm else None
@@ -528,7 +528,7 @@ class CachedAttention:
         step: AttentionStep,
         scale: float,
         out: Tensor,
-        codes: tuple[Tensor, Tensor | None] | None = None,
+        codes: CodeScales | None = None,
         shape: PrefillShape | None = None,
     ) -> None:
         """`prefill` by prefill.cu, where that `fits_prefill`."""

@@ -299,9 +299,7 @@ def gated_natively(
     """`gated` of any number of tokens by gated.cu, where that `fits_gated`; codes, if there is a reader."""
     dtype, given, by_token = x.dtype, x, None
     if not isinstance(given, Codes):
-        given = given.contiguous()
-        if w.rounding is not None:
-            given = w.rounding.activation(given, w.tensors)
+        given = _rounded(given, w)
         if w.weight.dtype == E4M3:
             given, by_token = quantize(launch, given, w)
     operand = given.codes if isinstance(given, Codes) else given
@@ -380,9 +378,7 @@ def _linear(
 ) -> Tensor:
     if isinstance(x, Codes):
         return _product_of_codes(launch, x, None, w, add_to)
-    x = x.contiguous()
-    if w.rounding is not None:
-        x = w.rounding.activation(x, w.tensors)
+    x = _rounded(x, w)
     m, n = len(x), w.out_features // (1 if activation is None else 2)
     if m > most_tokens(w, x.dtype, activation is not None):
         return _product(launch, x, w, add_to)
@@ -403,6 +399,12 @@ def _linear(
     elif not _few(launch, operands, constants, w, m):
         _skinny(launch, operands, constants, w, m)
     return out
+
+
+def _rounded(x: Tensor, w: CudaLinear) -> Tensor:
+    """x without gaps, rounded where that is left to torch."""
+    x = x.contiguous()
+    return x if w.rounding is None else w.rounding.activation(x, w.tensors)
 
 
 def most_tokens(w: CudaLinear, dtype: torch.dtype, gated: bool) -> int:

@@ -211,7 +211,7 @@ class StepMaker:
         """The shape of exactly this step; decodes come first."""
         counts = [len(piece.tokens) for piece in batch]
         decodes = _decodes(batch)
-        tiles = len(tiles_of(counts, [piece.end for piece in batch], decodes, self.tile))
+        tiles = sum(-(-count // self.tile) for count in counts[decodes:])
         rows = max(1, sum(piece.logits for piece in batch))  # no kernel is launched for none
         return Shape(sum(counts), len(batch), rows, tiles, decodes)
 

@@ -33,26 +33,40 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 
 def recorded(
-    sm: str, case: Case, dtype: torch.dtype = BF16, cached: torch.dtype = BF16, norm: str | None = None,
-    codes: bool = False, native: bool = True, block_size: int = 32, offset: int = 0,
-    norm_dtype: torch.dtype = BF16, smooth_dtype: torch.dtype = FP32, **settings: object,
+    sm: str, case: Case, native: bool = True, block_size: int = 32, **settings: object
 ) -> Variant:  # fmt: skip
-    """What a step of `case` launches."""
-    count, heads, dim = case.sequences, case.kv_heads, case.dim
-    launch = RecordLaunch(float(sm) >= 9.0, native=native)
-    keys, values = (empty(8, heads, block_size, dim, dtype=cached) for _ in range(2))
-    width = case.heads + 2 * heads
-    qkv = empty(count, width * dim + offset, dtype=dtype)[:, offset:].unflatten(1, (width, dim))
-    q, k, v = qkv.split([case.heads, heads, heads], dim=1)
-    weight = empty(dim, dtype=norm_dtype)
-    norms = [HeadNorm(weight, weight if norm == "layer" else None, 1e-5, norm)] * 2 if norm else [None, None]
-    tables = (empty(4096, case.rope // 2),) * 2 if case.rope else None
+    """What a step of `case` launches; settings as for `attended`."""
+    count = case.sequences
     ids = empty(count + 1, dtype=torch.int32)
     table = empty(count, case.longest // block_size, dtype=torch.int32)
     step = AttentionStep(ids, ids, ids, ids, [table], empty(0, 2, dtype=torch.int32), count, ids)
-    layer = CachedAttention(launch, keys, values, table, dim, Rotation(tables, case.rope, *norms), **settings)
-    given = (empty(2), empty(case.heads * dim, dtype=smooth_dtype)) if codes else None
-    layer.attend(q, (k, v), step, 0.1, given)
+    launch = RecordLaunch(float(sm) >= 9.0, native=native)
+    return attended(launch, case[2:], count, step, True, block_size=block_size, **settings)
+
+
+def attended(
+    launch: RecordLaunch, sizes: tuple[int, ...], tokens: int, step: AttentionStep, stores: bool, *,
+    dtype: torch.dtype = BF16, cached: torch.dtype = BF16, norm: str | None = None, codes: bool = False,
+    block_size: int = 32, offset: int = 0, norm_dtype: torch.dtype = BF16, smooth_dtype: torch.dtype = FP32,
+    **settings: object,
+) -> Variant:  # fmt: skip
+    """What attention of a step launches.
+
+    Args:
+        sizes: heads, kv_heads, dim, rope.
+        stores: new keys and values are given too.
+    """
+    heads, kv_heads, dim, rope = sizes
+    keys, values = (empty(8, kv_heads, block_size, dim, dtype=cached) for _ in range(2))
+    width = heads + 2 * kv_heads
+    qkv = empty(tokens, width * dim + offset, dtype=dtype)[:, offset:].unflatten(1, (width, dim))
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    weight = empty(dim, dtype=norm_dtype)
+    made = HeadNorm(weight, weight if norm == "layer" else None, 1e-5, norm) if norm else None
+    rotation = Rotation((empty(4096, rope // 2),) * 2 if rope else None, rope, made, made)
+    layer = CachedAttention(launch, keys, values, step.tables[0], dim, rotation, **settings)
+    given = (empty(2), empty(heads * dim, dtype=smooth_dtype)) if codes else None
+    layer.attend(q, (k, v) if stores else None, step, 0.1, given)
     (variant,) = launch.variants
     return variant
 

@@ -21,7 +21,7 @@ from trtx.converters.artifact import Manifest
 from trtx.converters.spec import Activation
 from trtx.quantize.formats import FORMATS
 from trtx.runtime.cuda import linear
-from trtx.runtime.cuda.launch import RecordLaunch, Variant
+from trtx.runtime.cuda.launch import H100_SHARED, HOPPER, RecordLaunch, Variant
 
 SILU = Activation("silu")
 SHAPES = [(6144, 4096, False, None), (28672, 4096, False, SILU), (4096, 14336, True, None), (57344, 8192, True, SILU)]
@@ -58,21 +58,38 @@ def missing(monkeypatch):
         monkeypatch.setattr(module, "nvrtc_version", lambda: "")
 
 
-def assert_does_not_spill(variant: Variant, sm: str) -> None:
-    """And as many programs fit side by side as asked for."""
+def compiled_without_spilling(variant: Variant, sm: str) -> tuple[bytes, str, int]:
+    """Machine code, what ptxas says of it, and the registers of a thread."""
     code, log = nvrtc.compile_native(variant, sm, ("--ptxas-options=-v",))
     assert_is_machine_code(code, sm, variant.function)
     assert "0 bytes spill stores, 0 bytes spill loads" in log, variant
-    registers, blocks = int(re.search(r"Used (\d+) registers", log)[1]), dict(variant.constants)["BLOCKS"]
+    return code, log, int(re.search(r"Used (\d+) registers", log)[1])
+
+
+def assert_does_not_spill(variant: Variant, sm: str) -> None:
+    """And as many programs fit side by side as asked for."""
+    _, _, registers = compiled_without_spilling(variant, sm)
+    blocks = dict(variant.constants)["BLOCKS"]
     assert registers * 32 * variant.warps * blocks <= 64 << 10, "the registers of a multiprocessor"
+
+
+def compiled_for_hopper(variant: Variant) -> bytes:
+    """Machine code of three warpgroups, whose products ptxas leaves as they are written: on their way side by side."""
+    code, log, registers = compiled_without_spilling(variant, "9.0")
+    assert variant.kernel in HOPPER and 48 << 10 < variant.shared_bytes <= H100_SHARED
+    assert "serialized" not in log and registers == 168, "what 384 threads may have"
+    return code
+
+
+def disassembled(code: bytes, folder: Path) -> str:
+    (folder / "kernel.cubin").write_bytes(code)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return subprocess.run([tool, folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
 
 
 def around_the_wait(variant: Variant, folder: Path) -> tuple[str, str, str]:
     """The machine code for an H100 ahead of the wait for the kernel before, the wait, and what is behind."""
-    (folder / "kernel.cubin").write_bytes(nvrtc.compile_native(variant, "9.0")[0])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    text = subprocess.run([tool, folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    return text.partition("ACQBULK")
+    return disassembled(nvrtc.compile_native(variant, "9.0")[0], folder).partition("ACQBULK")
 
 
 @pytest.mark.parametrize("sm", SHARED_BYTES)

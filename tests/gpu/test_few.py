@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_gemv4 import BF16, FP16, assert_order_is_kept
+from tests.gpu.test_gemv4 import BF16, FP16, assert_products_keep_order
 from tests.gpu.test_gemv4 import device as device
 from tests.gpu.test_gemv4 import launch as launch
 from tests.kernels.checks import poisoned as poisoned
@@ -111,7 +111,7 @@ def test_not_a_number(launch: Launch, device: torch.device, form: str, number: f
 def test_launched_dependently(launch: Launch, device: torch.device, form: str, size: int) -> None:
     weights = [weight_of(device, form, size, size, BF16, "bias") for _ in range(2)]
     residents = [resident(weight, BF16) for weight in weights]
-    assert_order_is_kept(launch, residents, torch.randn(7, size).to(device, BF16), every=1)
+    assert_products_keep_order(launch, residents, torch.randn(7, size).to(device, BF16), every=1)
 
 
 def test_shapes_of_programs_are_all_here() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -149,32 +150,41 @@ def test_not_a_number(launch: Launch, device: torch.device, number: float) -> No
         assert linear.gated(launch, x, resident_of(weight, BF16), Activation("relu")).isnan().all()
 
 
-def assert_order_is_kept(launch: Launch, residents: list[linear.CudaLinear], first: Tensor, every: int) -> None:
-    """Each product reads what the one before writes: the same whether it starts early or when all is done.
+def assert_order_is_kept(chain: Callable[[Callable[[], None]], Tensor], times: int = 5) -> None:
+    """Each launch of a chain reads what the one before writes: the same whether it starts early or when all is done.
+
+    Args:
+        chain: calls what it is given after each launch; numbers that depend on all of them.
+    """
+    wanted = chain(torch.cuda.synchronize)
+    assert wanted.isfinite().all() and wanted.any()
+    for _ in range(times):
+        assert torch.equal(chain(lambda: None), wanted)
+
+
+def assert_products_keep_order(
+    launch: Launch, residents: list[linear.CudaLinear], first: Tensor, every: int
+) -> None:  # fmt: skip
+    """Of products in turn.
 
     Args:
         every: x is brought back to size after so many pairs of products.
     """
 
-    def chain(wait: bool) -> Tensor:
+    def chain(launched: Callable[[], None]) -> Tensor:
         x = first.clone()
         for index in range(40):
             y = linear.linear(launch, x, residents[index % 2])
-            if wait:
-                torch.cuda.synchronize()
+            launched()
             linear.linear(launch, y, residents[1 - index % 2], x)
-            if wait:
-                torch.cuda.synchronize()
+            launched()
             x = x / x.float().abs().amax().to(BF16) if index % every == every - 1 else x
         return x
 
-    wanted = chain(True)
-    assert wanted.isfinite().all() and wanted.any()
-    for _ in range(5):
-        assert torch.equal(chain(False), wanted)
+    assert_order_is_kept(chain)
 
 
 def test_launched_dependently(launch: Launch, device: torch.device) -> None:
     weights = [weight_of(device, 2048, 2048, BF16, "bias") for _ in range(2)]
     residents = [resident_of(weight, BF16) for weight in weights]
-    assert_order_is_kept(launch, residents, torch.randn(1, 2048).to(device, BF16), every=4)
+    assert_products_keep_order(launch, residents, torch.randn(1, 2048).to(device, BF16), every=4)

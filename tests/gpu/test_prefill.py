@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.test_decode import TOLERANCES, assert_order_is_kept, layer_of
+from tests.gpu.test_decode import TOLERANCES, assert_layers_keep_order, layer_of
 from tests.gpu.test_gemv4 import BF16, FP16, Native
 from tests.gpu.test_gemv4 import device as device
 from tests.kernels.checks import poisoned as poisoned
@@ -152,4 +152,4 @@ def test_launched_dependently(launch: Launch, device: torch.device) -> None:
     def attend(layer: CachedAttention, x: Tensor, out: Tensor) -> None:
         layer.prefill_natively(x, w.step, 0.125, out)
 
-    assert_order_is_kept(layers, queries(w, BF16, device, 4, 64), attend)
+    assert_layers_keep_order(layers, queries(w, BF16, device, 4, 64), attend)
