@@ -9,7 +9,8 @@ request for one token, TPOT the rest of a longer one by its tokens; medians. Thr
 the whole run, prefill included, all requests handed in at once and at most B running. "start" is the time from opening
 the engine to being ready, its weights drawn on the GPU. With --load they are read from files, which are in the page
 cache, by a fresh process, which has imported trtx and not touched the GPU yet. The peer's figures were measured with
-the same definitions on another machine of the same kind, and hosts differ: they are for orientation.
+the same definitions on another machine of the same kind, and hosts differ: they are for orientation. peer.py measures
+vLLM on the same GPU and puts that beside them.
 
 A report of several calls has the latest row of each, with the commit it was measured at.
 """
@@ -134,6 +135,7 @@ class Bench:
         self.rng = random.Random(1)
         self.vocab = config_of(case.model)["vocab_size"]
         self.served = 0
+        self.most = 1
 
     def run(self) -> Iterator[dict[str, Any]]:
         """The rows; engines are sized to each batch, as the peer's were."""
@@ -161,6 +163,7 @@ class Bench:
     def measure(self, llm: LLM, work: Work, start: float) -> dict[str, Any]:
         """One row."""
         row: dict[str, Any] = {"case": self.case.name, **asdict(work), "start_s": round(start, 2)}
+        self.most = work.batch
         if work.batch == 1:
             for _ in range(2):
                 self.serve(llm, 1, work.isl, min(work.osl, 32))
@@ -169,7 +172,6 @@ class Bench:
             ttft, total = statistics.median(first), statistics.median(whole)
             row |= {"ttft_ms": 1e3 * ttft, "tpot_ms": 1e3 * (total - ttft) / (work.osl - 1)}
         else:
-            llm.executor.burst = BURST  # nobody waits for each token
             self.serve(llm, min(work.batch, work.requests), work.isl, min(work.osl, 8))
             times = [self.serve(llm, work.requests, work.isl, work.osl) for _ in range(self.reps)]
             row |= {"out_tok_s": work.requests * work.osl / statistics.median(times), "seconds": times}
@@ -177,14 +179,17 @@ class Bench:
         print(self.case.name, work.batch, work.isl, work.osl, found, "vLLM:", work.peer, flush=True)
         return row
 
+    def prompts(self, count: int, isl: int) -> dict[str, list[int]]:
+        """So many of random tokens, by the name of a request."""
+        self.served += count
+        names = map(str, range(self.served - count, self.served))
+        return {name: [self.rng.randrange(10, self.vocab) for _ in range(isl)] for name in names}
+
     def serve(self, llm: LLM, count: int, isl: int, osl: int) -> float:
-        """Seconds that `count` requests take."""
+        """Seconds that `count` requests take, of which `most` run at once."""
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=osl)
-        requests = []
-        for _ in range(count):
-            prompt = tuple(self.rng.randrange(10, self.vocab) for _ in range(isl))
-            requests.append(Request(str(self.served), prompt, params))
-            self.served += 1
+        requests = [Request(name, tuple(prompt), params) for name, prompt in self.prompts(count, isl).items()]
+        llm.executor.burst = BURST if self.most > 1 else 1  # of many, nobody waits for each token
         tokens = 0
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -282,23 +287,29 @@ NAMES = {"ttft_ms": "TTFT, ms", "tpot_ms": "TPOT, ms", "out_tok_s": "output toke
 
 
 def table(report: dict[str, Any]) -> str:
-    """The rows as Markdown; better is below 1 for times, above 1 for throughput."""
+    """The rows as Markdown; better is below 1 for times, above 1 for throughput. Where vLLM ran on the same GPU, the
+    ratio is to that."""
     lines = [
-        "| model | batch | in → out | | vLLM 0.26.0 | trtx | trtx / vLLM | commit |",
-        "| --- | ---: | --- | --- | ---: | ---: | ---: | --- |",
+        "| model | batch | in → out | | vLLM, another H100 | vLLM, same H100 | trtx | trtx / vLLM | commit |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     cases = {case.name: case for case in CASES}
     for row in sorted(report["rows"], key=lambda row: (list(cases).index(row["case"]), row.get("batch", 0))):
         case = cases[row["case"]]
         name = f"{case.model.split('/')[-1]} {'bf16' if case.format == 'none' else case.format}"
         for key in (key for key in NAMES if key in row):
-            peer, digits = row["peer"].get(key), 0 if row[key] > 100 else 2
-            theirs, ratio = (f"{peer:g}", f"{row[key] / peer:.2f}") if peer else ("", "")
+            elsewhere, beside = row["peer"].get(key), row.get("beside", {}).get(key)
+            peer, digits = beside or elsewhere, 0 if row[key] > 100 else 2
+            ratio, value = f"{row[key] / peer:.2f}" if peer else "", f"{row[key]:.{digits}f}"
+            theirs = f"{elsewhere:g}" if elsewhere else "", f"{beside:.{digits}f}" if beside else ""
             work = f"{row['isl']} → {row['osl']}" if "isl" in row else f"{row['bytes'] / 1e9:.1f} GB"
-            value, commit = f"{row[key]:.{digits}f}", row["commit"][:7]
-            cells = name, row.get("batch", ""), work, NAMES[key], theirs, value, ratio, commit
+            cells = name, row.get("batch", ""), work, NAMES[key], *theirs, value, ratio, row["commit"][:7]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def measured(cases: list[Case], folder: Path, reps: int) -> Iterator[dict[str, Any]]:
@@ -311,13 +322,18 @@ def measured(cases: list[Case], folder: Path, reps: int) -> Iterator[dict[str, A
             yield {"case": case.name, "error": repr(error)}
 
 
+def same_work(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows are of the same work."""
+    return all(row.get(key) == other.get(key) for key in ("case", "batch", "isl", "osl"))
+
+
 def joined(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a report with one more, in the place of what was measured of the same before, or failed."""
 
     def gives_way(known: dict[str, Any]) -> bool:
         if "error" in known or "error" in row:
             return "error" in known and known["case"] == row["case"]
-        return all(known.get(key) == row.get(key) for key in ("case", "batch", "isl", "osl"))
+        return same_work(known, row)
 
     return [known for known in rows if not gives_way(known)] + [row]
 
@@ -347,10 +363,8 @@ def main() -> None:
         known = json.loads(args.out.read_text())
         assert known["gpu"] == gpu, f"{args.out} is of {known['gpu']}"
         rows = known["rows"]
-    made = {
-        "commit": args.commit, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "torch": torch.__version__, "read_ceiling_tb_s": ceiling,
-    }  # fmt: skip
+    made = {"commit": args.commit, "date": now(), "torch": torch.__version__}
+    made |= {"uuid": str(torch.cuda.get_device_properties(0).uuid), "read_ceiling_tb_s": ceiling}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.load:

@@ -17,14 +17,18 @@ CASES = {case.name: case for case in h100.CASES}
 
 
 def test_table():
-    """Rows of loading stand beside the others of their case, whenever they were measured; failures do not."""
+    """Rows of loading stand with the others of their case, whenever they were measured; failures do not. The ratio is
+    to vLLM on the same GPU, where it ran there."""
     fp8 = {"case": "8b-fp8", "batch": 8, "isl": 512, "osl": 256, "peer": {"out_tok_s": 1614}, "out_tok_s": 1900.4}
     load = {"case": "8b-bf16", "peer": {"load_s": 50.0}, "load_s": 4.0, "bytes": 16_060_000_000, "gb_s": 4.0}
     failed = {"case": "1b-bf16", "error": "RuntimeError()"}
-    rows = [row | {"commit": "0123456789"} for row in (fp8, failed, load)]
+    one = {"case": "8b-fp8", "batch": 1, "isl": 9, "osl": 1, "peer": {"ttft_ms": 18.7}, "beside": {"ttft_ms": 20.0}}
+    one["ttft_ms"] = 5.0
+    rows = [row | {"commit": "0123456789"} for row in (fp8, failed, load, one)]
     assert h100.table({"rows": rows}).splitlines()[2:] == [
-        "| Llama-3.1-8B bf16 |  | 16.1 GB | start from files, s | 50 | 4.00 | 0.08 | 0123456 |",
-        "| Llama-3.1-8B fp8 | 8 | 512 → 256 | output tokens/s | 1614 | 1900 | 1.18 | 0123456 |",
+        "| Llama-3.1-8B bf16 |  | 16.1 GB | start from files, s | 50 |  | 4.00 | 0.08 | 0123456 |",
+        "| Llama-3.1-8B fp8 | 1 | 9 → 1 | TTFT, ms | 18.7 | 20.00 | 5.00 | 0.25 | 0123456 |",
+        "| Llama-3.1-8B fp8 | 8 | 512 → 256 | output tokens/s | 1614 |  | 1900 | 1.18 | 0123456 |",
     ]
 
 
