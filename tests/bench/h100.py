@@ -286,6 +286,11 @@ def read_ceiling() -> float:
 NAMES = {"ttft_ms": "TTFT, ms", "tpot_ms": "TPOT, ms", "out_tok_s": "output tokens/s", "load_s": "start from files, s"}
 
 
+def number(value: float | None) -> str:
+    """With three digits, or all that stand before the point."""
+    return "" if value is None else f"{value:.{max(0, 3 - len(str(int(value))))}f}"
+
+
 def table(report: dict[str, Any]) -> str:
     """The rows as Markdown; better is below 1 for times, above 1 for throughput. Where vLLM ran on the same GPU, the
     ratio is to that."""
@@ -299,11 +304,10 @@ def table(report: dict[str, Any]) -> str:
         name = f"{case.model.split('/')[-1]} {'bf16' if case.format == 'none' else case.format}"
         for key in (key for key in NAMES if key in row):
             elsewhere, beside = row["peer"].get(key), row.get("beside", {}).get(key)
-            peer, digits = beside or elsewhere, 0 if row[key] > 100 else 2
-            ratio, value = f"{row[key] / peer:.2f}" if peer else "", f"{row[key]:.{digits}f}"
-            theirs = f"{elsewhere:g}" if elsewhere else "", f"{beside:.{digits}f}" if beside else ""
+            peer = beside or elsewhere
+            theirs, ratio = (number(elsewhere), number(beside)), f"{row[key] / peer:.2f}" if peer else ""
             work = f"{row['isl']} → {row['osl']}" if "isl" in row else f"{row['bytes'] / 1e9:.1f} GB"
-            cells = name, row.get("batch", ""), work, NAMES[key], *theirs, value, ratio, row["commit"][:7]
+            cells = name, row.get("batch", ""), work, NAMES[key], *theirs, number(row[key]), ratio, row["commit"][:7]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

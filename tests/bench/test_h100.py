@@ -26,8 +26,8 @@ def test_table():
     one["ttft_ms"] = 5.0
     rows = [row | {"commit": "0123456789"} for row in (fp8, failed, load, one)]
     assert h100.table({"rows": rows}).splitlines()[2:] == [
-        "| Llama-3.1-8B bf16 |  | 16.1 GB | start from files, s | 50 |  | 4.00 | 0.08 | 0123456 |",
-        "| Llama-3.1-8B fp8 | 1 | 9 → 1 | TTFT, ms | 18.7 | 20.00 | 5.00 | 0.25 | 0123456 |",
+        "| Llama-3.1-8B bf16 |  | 16.1 GB | start from files, s | 50.0 |  | 4.00 | 0.08 | 0123456 |",
+        "| Llama-3.1-8B fp8 | 1 | 9 → 1 | TTFT, ms | 18.7 | 20.0 | 5.00 | 0.25 | 0123456 |",
         "| Llama-3.1-8B fp8 | 8 | 512 → 256 | output tokens/s | 1614 |  | 1900 | 1.18 | 0123456 |",
     ]
 
