@@ -1,9 +1,18 @@
-// What kernels in CUDA C++ share. Defined before this: GATED, KIND, LIMIT (or not), OFFSET; HALF: x and out are fp16;
-// FETCHED (or not): how much of a weight comes into the L2 cache for a part that is read, as PTX says it.
+// What kernels in CUDA C++ share. Defined before this: PDL; GATED, KIND, LIMIT (or not), OFFSET; HALF: x and out are
+// fp16; FETCHED (or not): how much of a weight comes into the L2 cache for a part that is read, as PTX says it.
 
 #ifndef FETCHED
 #define FETCHED ""
 #endif
+
+// From here on kernels behind this may start.
+__device__ __forceinline__ void let_others_start() {
+    if (PDL) asm volatile("griddepcontrol.launch_dependents;");
+}
+// Until what kernels before have written is there.
+__device__ __forceinline__ void wait_for_others() {
+    if (PDL) asm volatile("griddepcontrol.wait;" : : : "memory");
+}
 
 // Part of a weight: read once, so that other things stay in the cache. (With .nc, ptxas would move those that are ahead
 // of griddepcontrol.wait behind it.)
@@ -31,6 +40,16 @@ __device__ __forceinline__ unsigned short rounded(float v) {
     else
         asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
     return bits;
+}
+
+// Two numbers in 16 bits.
+template <bool FP16> __device__ __forceinline__ unsigned rounded_pair(float low, float high) {
+    unsigned v;
+    if (FP16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
 }
 
 #if GATED

@@ -21,8 +21,7 @@
 #endif
 #include "common.cu"
 #include "mma.cu"
-
-enum Norm { none, rms, unit };
+#include "attention.cu"
 
 constexpr int THREADS = 32 * WARPS, KEYS = 16 * TILES, EIGHTS = (SHARING + 7) / 8;  // eights of heads: mma's B
 constexpr int STEPS = DIM / 16;                                                     // mma's to multiply 16 keys
@@ -37,14 +36,8 @@ constexpr int MINE = DIM / 4;                                 // features of a k
 constexpr bool NEAR = ROPE % (8 * K_RUN) == 0;                // a lane has both features that are rotated together
 constexpr int ANGLES = ROPE == 0 ? 1 : NEAR ? ROPE / 8 : MINE;
 constexpr bool AHEAD = WARPS * BLOCKS <= 8;                   // there are registers to load q, k and v at once
-constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, HIDDEN = -3e38f;
+constexpr float HIDDEN = -3e38f;
 static_assert(DIM % 16 == 0 && ROW % 32 == 0 && BLOCK_SIZE % 8 == 0 && ROPE % 8 == 0 && SHARING <= 16, "shapes");
-
-__device__ __forceinline__ float exp2_of(float v) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
-    return y;
-}
 
 // WORDS from memory, where they are there; else what they are already. (With .nc, ptxas would move those that are ahead
 // of griddepcontrol.wait behind it.)
@@ -100,12 +93,7 @@ __device__ __forceinline__ float half_number(unsigned short bits) {
 
 // Two numbers in the dtype that is multiplied; in q's dtype, if that is another, they are already.
 __device__ __forceinline__ unsigned pair(float low, float high) {
-    unsigned v;
-    if (HALF || BYTES == 1)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
+    return rounded_pair<(HALF || BYTES == 1)>(low, high);
 }
 
 // Of an 8 x 8 matrix a lane has row g, columns 2t and 2t + 1; then column g, rows 2t and 2t + 1.
@@ -278,7 +266,7 @@ decode(const unsigned short* q, const unsigned short* k, const unsigned short* v
     alignas(16) __shared__ float sums[WARPS][SHARING][DIM + 4];  // the 4 keep lanes' banks apart
     __shared__ float peaks[WARPS][8 * EIGHTS], totals[WARPS][8 * EIGHTS];
     __shared__ int before;
-    if (PDL) asm volatile("griddepcontrol.launch_dependents;");
+    let_others_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int head = blockIdx.x, sequence = blockIdx.y;
     const int* blocks = table + (long long)sequence * WIDTH;
@@ -356,7 +344,7 @@ decode(const unsigned short* q, const unsigned short* k, const unsigned short* v
             }
         }
     }
-    if (PDL) asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_others();
 
     // The token itself, whose key and value need not come back from the cache: one warp puts them there.
     const bool owner = share == shares - 1 && warp == WARPS - 1 && length > 0;

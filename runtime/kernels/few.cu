@@ -45,7 +45,7 @@ few(const unsigned char* x, const unsigned char* __restrict__ weight, const floa
     const float* __restrict__ scales, const float* __restrict__ smooth, const float* x_scale,
     const unsigned short* __restrict__ bias, const unsigned short* residual, unsigned short* out, int M) {
     __shared__ float sums[WARPS][TOKENS][SIDE + 4];  // the 4 keep lanes' banks apart
-    if (PDL) asm volatile("griddepcontrol.launch_dependents;");
+    let_others_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first = blockIdx.x * ROWS, begin = warp * CHUNK;
 
@@ -67,7 +67,7 @@ few(const unsigned char* x, const unsigned char* __restrict__ weight, const floa
             LOAD_WEIGHT(p, i);
         }
     const float inverse = INPUT == e4m3 ? *scales : 1;
-    if (PDL) asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_others();
 
     const unsigned char* x_at[EIGHTS];
     uint4 v[EIGHTS][2][PIECES];  // of the next line

@@ -152,7 +152,7 @@ gated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap wei
       const __grid_constant__ TensorMap out, const float* step, const float* scale, const unsigned short* bias,
       const float* code_scales, const float* smooth, int m) {
     extern __shared__ unsigned char memory[];
-    if (PDL) asm volatile("griddepcontrol.launch_dependents;");
+    let_others_start();
     unsigned char* const base = memory + (-shared_address(memory) & 1023);
     const unsigned ring = shared_address(base), barriers = ring + SLOTS * SLOT + 8 * BOXES * BOX;
 #define FULL(slot) (barriers + 8 * (slot))

@@ -39,7 +39,7 @@ gemv4(const unsigned short* x, const uint4* __restrict__ weight, const float4* _
     alignas(16) __shared__ unsigned digits[WARPS][4][2][4][4][4];  // by group, nibbles' parity, run, digit and word
     __shared__ float units[WARPS][4];
     __shared__ float sums[WARPS][16 * TILES];
-    if (PDL) asm volatile("griddepcontrol.launch_dependents;");
+    let_others_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * ROWS;
 
     // As operands lie: of every tile a lane has rows g and g + 8, of every group run t.
@@ -65,7 +65,7 @@ gemv4(const unsigned short* x, const uint4* __restrict__ weight, const float4* _
 #pragma unroll
         for (int half = 0; half < 2; half++) scale[i][half] = s_at[i][8 * half * CHUNKS];
     if (SMOOTH && lane < 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(smooth + 512 * warp + 32 * lane));
-    if (PDL) asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_others();
 
     // Of every group a lane makes the digits of columns 0, 8, 16 and 24 after this one: nibbles of parity h of a word.
     const int run = lane / 8, h = lane / 4 % 2, word = lane % 4, column = 32 * run + 4 * h + word;

@@ -1,14 +1,7 @@
 // What kernels share that have instructions of an H100 alone (sm_90a): barriers in shared memory, wgmma, a ring of tiles.
-// Defined before this: HALF: 16 bits are fp16, or bf16; SLOTS of the ring; PDL.
+// Behind common.cu. Defined before this: HALF: 16 bits are fp16, or bf16; SLOTS of the ring.
 
-__device__ __forceinline__ unsigned pair(float low, float high) {
-    unsigned v;
-    if (HALF)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
+__device__ __forceinline__ unsigned pair(float low, float high) { return rounded_pair<HALF>(low, high); }
 
 __device__ __forceinline__ unsigned shared_address(const void* at) { return (unsigned)__cvta_generic_to_shared(at); }
 
@@ -37,10 +30,6 @@ __device__ __forceinline__ void announce(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory");
 }
 
-// Until what kernels before have written is there.
-__device__ __forceinline__ void wait_for_others() {
-    if (PDL) asm volatile("griddepcontrol.wait;" : : : "memory");
-}
 template <int REGISTERS> __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS));
 }

@@ -22,8 +22,7 @@
 #include "common.cu"
 #include "mma.cu"
 #include "hopper.cu"
-
-enum Norm { none, rms, unit };
+#include "attention.cu"
 
 constexpr int ROWS = 128, KEYS = 128, TOKENS = ROWS / SHARING;
 constexpr int HALF_TILE = 128 * 128, TILE = DIM / 64 * HALF_TILE;  // bytes
@@ -31,17 +30,10 @@ constexpr int PAIRS = DIM / 16;   // of 8 features and the 8 that they are rotat
 constexpr int PIECES = DIM / 8;   // of 8 features in a row
 constexpr int COPIERS = 64, RESTING = DIM == 64 ? 120 : 88, WORKING = DIM == 64 ? 192 : 208;  // threads; registers
 constexpr int BARRIERS = 2 * SLOTS + 4;
-constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f;
 constexpr float SLACK = 8;  // what a score, as a power of two, may be above the peak that is known
 static_assert((DIM == 64 || DIM == 128) && (ROPE == 0 || ROPE == DIM) && SHARING <= ROWS && WARPS == 12, "shapes");
 static_assert(RESTING + 2 * WORKING <= 3 * 168, "who asks for more registers than 168 * 384 waits forever");
 static_assert(BLOCK_SIZE % 8 == 0 && KEYS % BLOCK_SIZE == 0, "a page lies in one tile");
-
-__device__ __forceinline__ float exp2_of(float v) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
-    return y;
-}
 
 __device__ __forceinline__ bool barrier_passed_now(unsigned at, int parity) {
     unsigned done;
@@ -292,7 +284,7 @@ prefill(const unsigned short* q, const float* cos, const float* sin, const void*
         unsigned char* out, const float* code_scales, const float* smooth, float scale, float v_scale,
         int tile_count) {
     extern __shared__ unsigned char memory[];
-    if (PDL) asm volatile("griddepcontrol.launch_dependents;");
+    let_others_start();
     unsigned char* const base = memory + (-shared_address(memory) & 1023);
     unsigned char* const queries = base + SLOTS * TILE;  // of this work, and of the next
     const unsigned ring = shared_address(base), barriers = ring + (SLOTS + 2) * TILE;
