@@ -143,6 +143,11 @@ class Draft:
                 shutil.copyfile(source / name, self.path / name)
 
 
+def now() -> str:
+    """The time, as it is written into files: in UTC, by ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 @contextlib.contextmanager
 def create(
     target: Path,
@@ -178,7 +183,7 @@ def create(
                 settings=dict(settings),
                 inputs=list(inputs),
                 versions={"trtx": __version__, "python": platform.python_version(), **(versions or {})},
-                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                created=now(),
                 files=_list_files(draft),
                 about=draft.about,
             )

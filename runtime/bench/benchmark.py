@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from trtx import __version__
 from trtx.builder.engine import Engine
-from trtx.converters.artifact import digest_file
+from trtx.converters.artifact import digest_file, now
 from trtx.converters.errors import InputError
 from trtx.runtime.bench import profile as profiling
 from trtx.runtime.bench import roofline
@@ -158,7 +157,7 @@ def run_benchmark(
                 ceiling=ceiling,
             )
     report = Report(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=now(),
         versions={"trtx": __version__, "python": platform.python_version(), "torch": torch.__version__},
         engine=_identity(opened),
         machine=_machine(where, ranks),

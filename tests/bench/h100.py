@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ import torch
 from tests.converters import published
 from trtx.builder.build import BuildSettings, build, prepare
 from trtx.builder.engine import Engine
-from trtx.converters.artifact import create
+from trtx.converters.artifact import create, now
 from trtx.converters.checkpoint import CheckpointConfig
 from trtx.converters.shards import Entry, write_shards
 from trtx.runtime.llm import BURST, LLM
@@ -75,6 +74,11 @@ class Case:
     format: str
     works: tuple[Work, ...]
     peer_start: float | None = None
+
+    @property
+    def largest(self) -> int:
+        """The largest batch."""
+        return max(work.batch for work in self.works)
 
 
 CASES = (
@@ -135,7 +139,6 @@ class Bench:
         self.rng = random.Random(1)
         self.vocab = config_of(case.model)["vocab_size"]
         self.served = 0
-        self.most = 1
 
     def run(self) -> Iterator[dict[str, Any]]:
         """The rows; engines are sized to each batch, as the peer's were."""
@@ -163,17 +166,17 @@ class Bench:
     def measure(self, llm: LLM, work: Work, start: float) -> dict[str, Any]:
         """One row."""
         row: dict[str, Any] = {"case": self.case.name, **asdict(work), "start_s": round(start, 2)}
-        self.most = work.batch
+        serve = partial(self.serve, llm, work.batch)
         if work.batch == 1:
             for _ in range(2):
-                self.serve(llm, 1, work.isl, min(work.osl, 32))
-            first = [self.serve(llm, 1, work.isl, 1) for _ in range(work.requests)]
-            whole = [self.serve(llm, 1, work.isl, work.osl) for _ in range(work.requests)]
+                serve(1, work.isl, min(work.osl, 32))
+            first = [serve(1, work.isl, 1) for _ in range(work.requests)]
+            whole = [serve(1, work.isl, work.osl) for _ in range(work.requests)]
             ttft, total = statistics.median(first), statistics.median(whole)
             row |= {"ttft_ms": 1e3 * ttft, "tpot_ms": 1e3 * (total - ttft) / (work.osl - 1)}
         else:
-            self.serve(llm, min(work.batch, work.requests), work.isl, min(work.osl, 8))
-            times = [self.serve(llm, work.requests, work.isl, work.osl) for _ in range(self.reps)]
+            serve(min(work.batch, work.requests), work.isl, min(work.osl, 8))
+            times = [serve(work.requests, work.isl, work.osl) for _ in range(self.reps)]
             row |= {"out_tok_s": work.requests * work.osl / statistics.median(times), "seconds": times}
         found = {name: round(row[name], 3) for name in NAMES if name in row}
         print(self.case.name, work.batch, work.isl, work.osl, found, "vLLM:", work.peer, flush=True)
@@ -185,11 +188,11 @@ class Bench:
         names = map(str, range(self.served - count, self.served))
         return {name: [self.rng.randrange(10, self.vocab) for _ in range(isl)] for name in names}
 
-    def serve(self, llm: LLM, count: int, isl: int, osl: int) -> float:
-        """Seconds that `count` requests take, of which `most` run at once."""
+    def serve(self, llm: LLM, batch: int, count: int, isl: int, osl: int) -> float:
+        """Seconds that `count` requests take, of which `batch` run at once: so many the engine is made for."""
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=osl)
         requests = [Request(name, tuple(prompt), params) for name, prompt in self.prompts(count, isl).items()]
-        llm.executor.burst = BURST if self.most > 1 else 1  # of many, nobody waits for each token
+        llm.executor.burst = BURST if batch > 1 else 1  # of many, nobody waits for each token
         tokens = 0
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -228,8 +231,8 @@ def write_checkpoint(model: CheckpointConfig, out: Path, device: torch.device) -
 
 def stored_engine(case: Case, folder: Path, device: torch.device, gpu: str = "auto") -> Path:
     """An engine of the case's largest batch that holds its weights. Only a checkpoint stands beside it meanwhile."""
-    batch = max(work.batch for work in case.works)
-    settings = settings_of(case, batch, max(it.isl + it.osl for it in case.works if it.batch == batch), gpu)
+    length = max(it.isl + it.osl for it in case.works if it.batch == case.largest)
+    settings = settings_of(case, case.largest, length, gpu)
     checkpoint, engine = folder / "checkpoint", folder / case.name
     began = time.perf_counter()
     write_checkpoint(prepare(source_of(case, folder), settings).sizing.model, checkpoint, device)
@@ -310,10 +313,6 @@ def table(report: dict[str, Any]) -> str:
             cells = name, row.get("batch", ""), work, NAMES[key], *theirs, number(row[key]), ratio, row["commit"][:7]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def measured(cases: list[Case], folder: Path, reps: int) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.bench.h100 import CASES, NAMES, Bench, config_of, now, same_work
+from tests.bench.h100 import CASES, NAMES, Bench, config_of, same_work
+from trtx.converters.artifact import now
 
 QUANTIZATION = {"none": None, "fp8": "fp8"}
 """What vLLM calls a format."""
@@ -32,8 +33,7 @@ class Peer(Bench):
     def run(self) -> Iterator[dict[str, Any]]:
         """The row of the start, then those of the workloads."""
         works = self.case.works
-        self.slots = max(work.batch for work in works)
-        llm, start = self.open(self.slots, max(work.isl + work.osl for work in works))
+        llm, start = self.open(self.case.largest, max(work.isl + work.osl for work in works))
         yield {"case": self.case.name, "load_s": start}
         yield from (self.measure(llm, work, start) for work in works)
         llm.llm_engine.engine_core.shutdown()
@@ -62,8 +62,8 @@ class Peer(Bench):
         print(f"{self.case.name}: ready in {start:.1f} s", flush=True)
         return llm, start
 
-    def serve(self, llm: Any, count: int, isl: int, osl: int) -> float:
-        """Seconds that `count` requests take, of which `most` run at once."""
+    def serve(self, llm: Any, batch: int, count: int, isl: int, osl: int) -> float:
+        """Seconds that `count` requests take, of which `batch` run at once: the engine keeps to that of the largest."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -72,7 +72,7 @@ class Peer(Bench):
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=osl, detokenize=False, output_kind=last)
         waiting = list(self.prompts(count, isl).items())
         engine, running, tokens = llm.llm_engine, 0, 0
-        most = self.most if self.most < self.slots else count
+        most = batch if batch < self.case.largest else count
         began = time.perf_counter()
         while waiting or running:
             while waiting and running < most:

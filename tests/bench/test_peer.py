@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tests.bench.h100 import CASES, Work
+from tests.bench.h100 import CASES, Case, Work
 from tests.bench.peer import Peer, put_beside
 
 
@@ -53,18 +54,15 @@ def engine(monkeypatch):
 @pytest.mark.parametrize("batch, requests, most", [(2, 7, 2), (4, 9, 9)], ids=["fewer than slots", "all slots"])
 def test_requests_in_flight(batch, requests, most, engine, tmp_path):
     """All at once where the engine keeps the limit, else so many that it is kept; every token is waited for."""
-    peer = Peer(CASES[0], tmp_path, reps=1)
-    peer.slots, peer.most = 4, batch
+    peer = Peer(replace(CASES[0], works=(Work(2, 8, 8, 1), Work(4, 8, 8, 1))), tmp_path, reps=1)
     llm, _ = peer.open(4, 16)
-    assert peer.serve(llm, requests, 5, 3) > 0
+    assert peer.serve(llm, batch, requests, 5, 3) > 0
     assert engine.most == most and list(engine.seen.values()) == [(5, 3)] * requests
 
 
 def test_rows(engine, tmp_path):
     """The start, then each workload, by the names that trtx's rows have."""
-    case = SimpleNamespace(
-        name="x", model="SmolLM2-135M", format="none", works=(Work(1, 4, 3, 2), Work(3, 4, 3, 6))
-    )  # fmt: skip
+    case = Case("x", "SmolLM2-135M", "none", (Work(1, 4, 3, 2), Work(3, 4, 3, 6)))
     start, one, many = Peer(case, tmp_path, reps=1).run()
     assert start.keys() == {"case", "load_s"}
     assert (one["batch"], one["isl"], one["osl"]) == (1, 4, 3) and one["ttft_ms"] > 0 and "tpot_ms" in one

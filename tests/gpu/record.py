@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from trtx.converters.artifact import now
 
 RESULTS = "TRTX_GPU_RESULTS"
 """Environment variable: where to write the results."""
@@ -44,7 +45,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "versions": {"python": os.sys.version.split()[0], "cuda": torch.version.cuda, **_versions()},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": os.environ.get(COMMIT) or _commit(),
         "summary": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
         "tests": reports,
